@@ -1,0 +1,78 @@
+"""Every error edgekit raises on purpose, and the exit code the command line gives it.
+
+    EdgekitError                    exit code
+    ├── InputError                  2   a file, value or argument that the user gave
+    │   ├── RecipeError             2   recipe.yaml: line, what was found, what is allowed
+    │   ├── ModelError              2   the model: NaN weights, a graph that cannot be exported, a wrong shape
+    │   ├── DataError               2   calibration or evaluation data: empty, wrong shape or dtype, NaN
+    │   └── FormatError             2   a damaged, altered, foreign or newer file
+    ├── UnsupportedError            2   a target cannot take this operator; says which layer, where, and the remedy
+    ├── ParityError                 1   an artefact does not compute what the frozen program says
+    └── MissingTool                 3   an optional package or a program is not installed
+
+A message says where, what was found and what to do, in one sentence. Nothing is printed as a traceback unless it is a bug.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "DataError",
+    "EdgekitError",
+    "FormatError",
+    "InputError",
+    "MissingTool",
+    "ModelError",
+    "ParityError",
+    "RecipeError",
+    "UnsupportedError",
+    "missing_extra",
+]
+
+
+class EdgekitError(Exception):
+    """Base of all errors that edgekit raises on purpose."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class InputError(EdgekitError):
+    """Something the user gave cannot be used."""
+
+
+class RecipeError(InputError):
+    """A recipe is not valid YAML, has an unknown key, or a value outside what is allowed."""
+
+
+class ModelError(InputError):
+    """The model cannot be captured, or its weights or outputs are not finite."""
+
+
+class DataError(InputError):
+    """Calibration, training or evaluation data cannot be used."""
+
+
+class FormatError(InputError):
+    """A file is truncated, altered, from another tool, or from a newer edgekit."""
+
+
+class UnsupportedError(EdgekitError):
+    """A target cannot take an operator of this program."""
+
+
+class ParityError(EdgekitError):
+    """A lowered artefact differs from the frozen program; the message names the layer."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class MissingTool(EdgekitError):
+    """An optional Python package or an external program is not installed."""
+
+    exit_code: ClassVar[int] = 3
+
+
+def missing_extra(package: str, extra: str) -> MissingTool:
+    """The error for an optional dependency that is not installed."""
+    return MissingTool(f"{package} is not installed; run: pip install 'edgekit[{extra}]'")

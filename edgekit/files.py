@@ -1,0 +1,60 @@
+"""Files are written whole or not at all: temporary name in the same folder, fsync, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from edgekit.errors import InputError
+
+__all__ = ["sha256", "write_json", "write_whole"]
+
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Replace ``path`` by ``data`` in one step; what was there stays if anything fails.
+
+    Raises:
+        InputError: no space left, no permission, or a folder that cannot be made.
+    """
+    path = Path(path)
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        reason = {
+            errno.ENOSPC: "no space left on the device; free some or choose another folder",
+            errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
+            errno.EROFS: "the file system is read-only; choose another folder",
+            errno.EACCES: "no permission to write there; choose another folder",
+        }.get(error.errno or 0, error.strerror or str(error))
+        raise InputError(f"cannot write {path}: {reason}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON with sorted keys, whole or not at all."""
+    write_whole(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in pieces."""
+    total = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while piece := file.read(1 << 20):
+            total.update(piece)
+    return total.hexdigest()

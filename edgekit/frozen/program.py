@@ -1,0 +1,307 @@
+"""The frozen program: a ``torch.export`` graph whose compressed layers are ``edgekit::`` operators.
+
+It is edgekit's only intermediate representation. Its eager run is the reference of every later check; each target reads its
+integers and none recomputes a scale. What is not quantized stays plain ATen and is listed in :attr:`FrozenProgram.unquantized`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from edgekit.errors import ModelError
+from edgekit.frozen import ops
+
+__all__ = ["FrozenOp", "FrozenProgram", "Layer", "Unquantized", "freeze_module"]
+
+
+@dataclass(frozen=True)
+class Unquantized:
+    """An operator left in float: ``layer`` (dotted name), ATen ``op``, and the ``reason`` in words."""
+
+    layer: str
+    op: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One ``edgekit::`` node of a program.
+
+    Attributes:
+        name: dotted name, that of the source module where there is one.
+        op: operator name without namespace, such as "qconv2d".
+        node: name of the fx node.
+        args: the operator's arguments by schema name; constants are tensors, activations are names of producing layers
+            (or of fx nodes where the producer is a float op or a program input).
+        shape: output shape, batch first.
+    """
+
+    name: str
+    op: str
+    node: str
+    args: Mapping[str, Any]
+    shape: tuple[int, ...]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the producers of the activation inputs, in order."""
+        found: list[str] = []
+        for key in ("x", "a", "b", "xs"):
+            value = self.args.get(key)
+            if isinstance(value, str):
+                found.append(value)
+            elif isinstance(value, list | tuple):
+                found += [v for v in value if isinstance(v, str)]
+        return tuple(found)
+
+    @property
+    def weight_bits(self) -> int | None:
+        """Bits of a stored weight, None for a layer without weights."""
+        bits = self.args.get("weight_bits")
+        return None if bits is None else int(bits)
+
+    @property
+    def out_scale(self) -> float | None:
+        """Scale of the output integers; None where the output is float."""
+        value = self.args.get("out_scale", self.args.get("scale"))
+        return None if self.op == "dequantize" or value is None else float(value)
+
+    @property
+    def out_zero_point(self) -> int | None:
+        """Zero point of the output integers; None where the output is float."""
+        value = self.args.get("out_zp", self.args.get("zero_point"))
+        return None if self.op == "dequantize" or value is None else int(value)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights and biases."""
+        return sum(self.args[k].numel() for k in ("weight", "bias") if isinstance(self.args.get(k), Tensor))
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one sample (0 for layers without weights)."""
+        weight = self.args.get("weight")
+        if not isinstance(weight, Tensor):
+            return 0
+        out = 1
+        for d in self.shape[1:]:
+            out *= d
+        return out * weight[0].numel()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of packed weights, int32 biases and float32 scales."""
+        weight = self.args.get("weight")
+        if not isinstance(weight, Tensor):
+            return int(self.args["table"].numel()) if isinstance(self.args.get("table"), Tensor) else 0
+        return (
+            -(-weight.numel() * (self.weight_bits or 8) // 8)
+            + 4 * self.args["bias"].numel()
+            + 4 * self.args["weight_scale"].numel()
+        )
+
+
+class FrozenOp(nn.Module):
+    """One ``edgekit::`` operator as a module, so that its dotted name survives export (``nn_module_stack``).
+
+    Args:
+        op: operator name, such as "qconv2d".
+        activations: number of tensor inputs; 0 means one list of tensors (qconcat).
+        buffers: constant tensors by schema name.
+        **attributes: the scalar arguments by schema name.
+    """
+
+    def __init__(self, op: str, activations: int, buffers: Mapping[str, Tensor], **attributes: Any) -> None:
+        super().__init__()
+        self.op, self.activations, self.attributes = op, activations, attributes
+        for key, value in buffers.items():
+            self.register_buffer(key, value)
+        self._schema = getattr(ops.OPS, op).default._schema
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        names = [a.name for a in self._schema.arguments]
+        args: dict[str, Any] = {**dict(self.named_buffers(recurse=False)), **self.attributes}
+        if self.activations == 0:
+            args[names[0]] = list(xs)
+        else:
+            args.update(zip(names, xs, strict=False))
+        result: Tensor = getattr(ops.OPS, self.op).default(*(args[n] for n in names))
+        return result
+
+
+@dataclass(frozen=True)
+class FrozenProgram:
+    """An exported graph of ``edgekit::`` and ATen operators, for a batch of one.
+
+    Attributes:
+        exported: the ``torch.export`` program.
+        name: a short name for files and reports.
+        unquantized: every operator with arithmetic that stays float, with the reason.
+        sources: layer name to "file.py:line" of the source model.
+    """
+
+    exported: ExportedProgram
+    name: str = "model"
+    unquantized: tuple[Unquantized, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        """The graph as a callable module, batch of one."""
+        module: fx.GraphModule = self.exported.module(check_guards=False)  # type: ignore[assignment]
+        return module
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """All ``edgekit::`` nodes in execution order."""
+        return _layers(self.module)
+
+    def layer(self, name: str) -> Layer:
+        """The layer of that name; KeyError if there is none."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    @cached_property
+    def input_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the inputs, batch of one first."""
+        return tuple(tuple(n.meta["val"].shape) for n in self.module.graph.nodes if n.op == "placeholder")
+
+    @cached_property
+    def input_dtypes(self) -> tuple[torch.dtype, ...]:
+        """dtypes of the inputs."""
+        return tuple(n.meta["val"].dtype for n in self.module.graph.nodes if n.op == "placeholder")
+
+    def run(self, *inputs: Tensor, progress: Callable[[int, int], None] | None = None) -> tuple[Tensor, ...]:
+        """The reference result.
+
+        Args:
+            *inputs: one tensor for each program input, shape (N, ...); each sample runs by itself.
+            progress: called with (samples done, N).
+
+        Returns:
+            One tensor for each output, shape (N, ...).
+
+        Raises:
+            ModelError: an input's shape does not fit the program.
+        """
+        self.check_inputs(inputs)
+        outputs: list[tuple[Tensor, ...]] = []
+        with torch.no_grad():
+            for i in range(len(inputs[0])):
+                result = self.module(*(x[i : i + 1] for x in inputs))
+                outputs.append(result if isinstance(result, tuple) else tuple(result) if isinstance(result, list) else (result,))
+                if progress:
+                    progress(i + 1, len(inputs[0]))
+        return tuple(torch.cat(column) for column in zip(*outputs, strict=True))
+
+    def check_inputs(self, inputs: Sequence[Tensor]) -> None:
+        """Raise ModelError unless the inputs, shape (N, ...), fit this program."""
+        if len(inputs) != len(self.input_shapes):
+            raise ModelError(f"program {self.name}: {len(inputs)} inputs given, it takes {len(self.input_shapes)}")
+        for i, (x, shape) in enumerate(zip(inputs, self.input_shapes, strict=True)):
+            if tuple(x.shape[1:]) != shape[1:] or len(x) == 0:
+                wanted = ", ".join(map(str, ("N >= 1", *shape[1:])))
+                raise ModelError(f"program {self.name}, input {i}: shape {tuple(x.shape)} given, ({wanted}) expected")
+
+    def trace(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Output of every ``edgekit::`` layer for one sample (batch of one), by layer name."""
+        return self._interpret(inputs, None)
+
+    def forced(self, taps: Mapping[str, Tensor], *inputs: Tensor) -> dict[str, Tensor]:
+        """What each layer computes when every earlier layer's output is the TARGET's (``taps``, int8, this program's layouts).
+
+        A fault then shows in its own layer only, not smeared over all later ones. Layers without a tap run free.
+        """
+        return self._interpret(inputs, taps)
+
+    def _interpret(self, inputs: Sequence[Tensor], taps: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        names = {layer.node: layer.name for layer in self.layers}
+        seen: dict[str, Tensor] = {}
+
+        class Interpreter(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                result = super().run_node(n)
+                if n.name in names:
+                    seen[names[n.name]] = result
+                    if taps is not None and names[n.name] in taps:
+                        return taps[names[n.name]].reshape(result.shape).to(result.dtype)
+                return result
+
+        with torch.no_grad():
+            Interpreter(self.module).run(*inputs)  # type: ignore[no-untyped-call]
+        return seen
+
+
+def freeze_module(
+    module: nn.Module,
+    sample: Sequence[Tensor],
+    *,
+    name: str = "model",
+    unquantized: Sequence[Unquantized] = (),
+    sources: Mapping[str, str] | None = None,
+) -> FrozenProgram:
+    """Export a module made of :class:`FrozenOp` and float layers, for a batch of one.
+
+    Args:
+        module: the module, in eval mode.
+        sample: example inputs; only the first sample is used, and it is not kept.
+
+    Raises:
+        ModelError: the module cannot be exported.
+    """
+    one = tuple(x[:1].clone() for x in sample)
+    try:
+        exported = torch.export.export(module.eval(), one, strict=False)
+    except Exception as error:
+        raise ModelError(f"the frozen module of {name} cannot be exported: {str(error).splitlines()[0]}") from error
+    exported._example_inputs = None  # type: ignore[assignment]  # it would be pickled into the file
+    for node in exported.graph.nodes:
+        node.meta.pop("stack_trace", None)  # absolute paths: not reproducible, not anybody's business
+    return FrozenProgram(exported, name, tuple(unquantized), dict(sources or {}))
+
+
+def _layers(module: fx.GraphModule) -> tuple[Layer, ...]:
+    names: dict[fx.Node, str] = {}
+    layers: list[Layer] = []
+    used: dict[str, int] = {}
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            if value.op == "get_attr":
+                target: Any = module
+                for part in str(value.target).split("."):
+                    target = getattr(target, part)
+                return target.detach()
+            return names.get(value, value.name)
+        if isinstance(value, list | tuple):
+            return type(value)(resolve(v) for v in value)
+        return value
+
+    for node in module.graph.nodes:
+        if node.op != "call_function" or not str(node.target).startswith("edgekit."):
+            continue
+        stack = node.meta.get("nn_module_stack") or {}
+        base = next(reversed(stack.values()))[0] if stack else node.name
+        used[base] = used.get(base, 0) + 1
+        names[node] = base if used[base] == 1 else f"{base}_{used[base]}"
+        schema = node.target._schema
+        bound = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+        layers.append(
+            Layer(
+                name=names[node],
+                op=schema.name.split("::")[1],
+                node=node.name,
+                args={k: resolve(v) for k, v in bound.items()},
+                shape=tuple(node.meta["val"].shape),
+            )
+        )
+    return tuple(layers)

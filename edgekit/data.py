@@ -1,0 +1,150 @@
+"""The data a recipe works with, and one way to stream it whatever it is stored in.
+
+A *source* is one of:
+
+* a Tensor or ndarray (N, ...): N samples of a model with one input;
+* a tuple or list of them, the same N in each: a model with several inputs, or inputs and labels (x, y);
+* a ``torch.utils.data.Dataset`` whose items are one of these without N, or an iterable one;
+* a ``DataLoader``, or a function without arguments that returns an iterable of batches (B, ...).
+
+:func:`batches` never holds more than one batch of the last two, so memory does not grow with the number of samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from edgekit.errors import DataError
+
+__all__ = ["Data", "Source", "batches", "first_sample", "fingerprint"]
+
+Source = Any
+"""Tensor, ndarray, tuple of them, Dataset, DataLoader, or a function returning an iterable of batches (see the module)."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a ``data:`` factory of a recipe returns.
+
+    Attributes:
+        calibration: source of inputs; labels after the inputs are ignored.
+        evaluation: (x, y); x a Tensor (N, ...) or a tuple of Tensors, y (N, ...); None leaves the task metric out of reports.
+        training: source of (x, y) batches for QAT; None where no recipe trains.
+        metric: how evaluation is scored, "accuracy" (percent of samples whose largest output is y) or a function
+            ``(outputs, y) -> float`` where more is better.
+    """
+
+    calibration: Source
+    evaluation: tuple[Tensor | tuple[Tensor, ...], Tensor] | None = None
+    training: Source | None = None
+    metric: str | Callable[[Tensor, Tensor], float] = "accuracy"
+
+
+def batches(
+    source: Source, batch_size: int = 32, *, inputs: int | None = None, what: str = "data"
+) -> Iterator[tuple[Tensor, ...]]:
+    """Stream a source as tuples of tensors (B, ...), B at most ``batch_size``.
+
+    Args:
+        source: see the module; batches of a loader larger than ``batch_size`` are split, smaller ones are left as they are.
+        inputs: keep and check only the first that many tensors of each batch (drops labels); None keeps all.
+        what: how errors call this source.
+
+    Raises:
+        DataError: no samples, not tensors, lengths that differ, float16/float64 values, NaN or Inf (with the sample's number).
+    """
+    if batch_size < 1:
+        raise DataError(f"{what}: batch size {batch_size}; expected 1 or more")
+    count = 0
+    for batch in _raw(source, batch_size, what):
+        tensors = _checked(_tensors(batch, what)[:inputs], count, what)
+        size = len(tensors[0])
+        for start in range(0, size, batch_size):
+            yield tuple(t[start : start + batch_size] for t in tensors)
+        count += size
+    if count == 0:
+        raise DataError(f"{what}: it is empty; give at least one sample")
+
+
+def first_sample(source: Source, *, inputs: int | None = None, what: str = "data") -> tuple[Tensor, ...]:
+    """The first sample of a source as tensors (1, ...): what a model is captured with. Raises as :func:`batches`."""
+    return next(batches(source, 1, inputs=inputs, what=what))
+
+
+def fingerprint(data: Data, seed: int = 0) -> str:
+    """SHA-256 over every value of every source, streamed; the torch seed is set meanwhile so that a shuffling loader repeats."""
+    total = hashlib.sha256(repr(data.metric if isinstance(data.metric, str) else data.metric.__qualname__).encode())
+    for name in ("calibration", "evaluation", "training"):
+        source = getattr(data, name)
+        if source is None:
+            continue
+        if name == "evaluation":
+            x, y = source
+            source = (*x, y) if isinstance(x, tuple | list) else (x, y)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for batch in batches(source, 256, what=name):
+                for tensor in batch:
+                    total.update(f"{name}{tensor.dtype}{tuple(tensor.shape[1:])}".encode())
+                    total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def _raw(source: Source, batch_size: int, what: str) -> Iterable[Any]:
+    """Batches as the source has them, unchecked."""
+    if isinstance(source, Tensor | np.ndarray):
+        source = (source,)
+    if isinstance(source, tuple | list) and source and all(isinstance(t, Tensor | np.ndarray) for t in source):
+        sizes = [t.shape[0] if t.ndim else 0 for t in source]
+        if len(set(sizes)) > 1:
+            raise DataError(f"{what}: its tensors have {', '.join(map(str, sizes))} samples; they must have the same number")
+        return ([t[i : i + batch_size] for t in source] for i in range(0, sizes[0], batch_size))
+    if isinstance(source, DataLoader):
+        return source
+    if isinstance(source, IterableDataset):
+        return DataLoader(source, batch_size=batch_size)
+    if isinstance(source, Dataset):
+        return DataLoader(source, batch_size=batch_size, shuffle=False)
+    if callable(source):
+        found = source()
+        if isinstance(found, Iterable):
+            return found
+    raise DataError(
+        f"{what}: found {type(source).__name__}; expected a Tensor or ndarray (N, ...), a tuple of them, a Dataset, a DataLoader, "
+        "or a function without arguments that returns an iterable of batches"
+    )
+
+
+def _tensors(batch: Any, what: str) -> tuple[Tensor, ...]:
+    parts = batch if isinstance(batch, tuple | list) else (batch,)
+    found = []
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            part = torch.from_numpy(np.ascontiguousarray(part))
+        if not isinstance(part, Tensor):
+            raise DataError(f"{what}: a batch holds {type(part).__name__}; expected tensors (batch, ...)")
+        found.append(part)
+    if not found:
+        raise DataError(f"{what}: a batch without tensors; expected at least one")
+    return tuple(found)
+
+
+def _checked(tensors: tuple[Tensor, ...], start: int, what: str) -> tuple[Tensor, ...]:
+    sizes = {t.shape[0] if t.ndim else 0 for t in tensors}
+    if len(sizes) > 1:
+        raise DataError(f"{what}: a batch's tensors have {sorted(sizes)} samples; they must have the same number")
+    for t in tensors:
+        if t.dtype in (torch.float64, torch.float16, torch.bfloat16) or t.is_complex():
+            raise DataError(f"{what}: values are {str(t.dtype).removeprefix('torch.')}; convert them to float32 (`x.float()`)")
+        if t.is_floating_point() and not torch.isfinite(t).all():
+            row = int((~torch.isfinite(t.reshape(len(t), -1))).any(1).nonzero()[0])
+            raise DataError(f"{what}: sample {start + row} has NaN or Inf; remove it or clean the values")
+    return tensors

@@ -1,0 +1,102 @@
+"""Settings of post-training quantization (``ptq:``) and quantization-aware training (``qat:``) as they stand in a recipe."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, field_validator
+from pydantic.dataclasses import dataclass
+
+__all__ = ["PTQ", "QAT", "bits_of"]
+
+_FORBID = ConfigDict(extra="forbid")
+
+WeightType = Literal["int8", "int4", "int2"]
+
+
+def bits_of(kind: str) -> int:
+    """``bits_of("int4") == 4``."""
+    return int(kind.removeprefix("int"))
+
+
+@dataclass(frozen=True, config=_FORBID, kw_only=True)
+class Quantization:
+    """What both kinds of quantization share.
+
+    Attributes:
+        weights: integer type of weights; per output channel (see ``per_channel``), symmetric.
+        activations: integer type of activations. int16 is defined by the frozen program; no shipped target takes it yet.
+        observer: how the range of an activation is chosen from calibration data. ``minmax``: the extremes; ``moving_average``: their
+            exponential mean over batches; ``percentile``: cuts both tails; ``mse``: the clip with the least quantization error;
+            ``entropy``: the clip with the least Kullback-Leibler divergence (Migacz 2017).
+        percentile: share of values kept by ``percentile``, in percent.
+        symmetric_activations: zero point 0 for signed activations (those after a ReLU keep their full range).
+        per_channel: one weight scale for each output channel; false: one for the tensor.
+        weight_scale: ``max``: the largest weight; ``mse``: the scale with the least squared error for each channel.
+        keep_first_last_8bit: the first and the last weighted layer keep 8-bit weights whatever ``weights`` says.
+        scopes: regular expression (full match on the layer's name) to weight type; the first that fits wins, before all else.
+        skip: regular expressions (full match) of layers left in float.
+        samples: calibration samples used.
+        batch_size: calibration batch.
+        seed: seed of everything random.
+    """
+
+    weights: WeightType = "int8"
+    activations: Literal["int8", "int16"] = "int8"
+    observer: Literal["minmax", "moving_average", "percentile", "mse", "entropy"] = "mse"
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+    symmetric_activations: bool = False
+    per_channel: bool = True
+    weight_scale: Literal["max", "mse"] = "max"
+    keep_first_last_8bit: bool = True
+    scopes: dict[str, WeightType] = Field(default_factory=dict)
+    skip: tuple[str, ...] = ()
+    samples: Annotated[int, Field(ge=1)] = 512
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    seed: int = 0
+
+    @field_validator("scopes", "skip")
+    @classmethod
+    def _patterns(cls, value: dict[str, WeightType] | tuple[str, ...]) -> dict[str, WeightType] | tuple[str, ...]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return value
+
+
+@dataclass(frozen=True, config=_FORBID, kw_only=True)
+class PTQ(Quantization):
+    """Post-training quantization.
+
+    Attributes:
+        method: how weights are rounded. ``nearest``; ``gptq`` (Frantar et al. 2022) and ``gpfq`` (Lybrand and Saab 2021): column by
+            column, each error compensated by what is left; ``learned_round`` (AdaRound, Nagel et al. 2020): up or down by gradient.
+        equalize: cross-layer equalization before quantization (Nagel et al. 2019).
+        bias_correction: correct each bias by the mean error that quantization made (Nagel et al. 2019).
+        learned_round_steps: optimizer steps of ``learned_round`` for each layer.
+    """
+
+    method: Literal["nearest", "gptq", "gpfq", "learned_round"] = "nearest"
+    equalize: bool = False
+    bias_correction: bool = False
+    learned_round_steps: Annotated[int, Field(ge=1)] = 200
+
+
+@dataclass(frozen=True, config=_FORBID, kw_only=True)
+class QAT(Quantization):
+    """Quantization-aware training with Brevitas layers, started from post-training ranges; needs labelled training data.
+
+    Attributes:
+        epochs: passes over the training data.
+        learning_rate: of Adam, with cosine decay to zero.
+        train_batch_size: samples in a training step.
+        device: "cpu" or "cuda".
+    """
+
+    epochs: Annotated[int, Field(ge=1)] = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    train_batch_size: Annotated[int, Field(ge=1)] = 32
+    device: Literal["cpu", "cuda"] = "cpu"

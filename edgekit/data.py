@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from edgekit.errors import DataError
 
-__all__ = ["Data", "Source", "batches", "first_sample", "fingerprint"]
+__all__ = ["Data", "Source", "batches", "fingerprint", "first_sample"]
 
 Source = Any
 """Tensor, ndarray, tuple of them, Dataset, DataLoader, or a function returning an iterable of batches (see the module)."""
@@ -94,7 +94,7 @@ def fingerprint(data: Data, seed: int = 0) -> str:
             for batch in batches(source, 256, what=name):
                 for tensor in batch:
                     total.update(f"{name}{tensor.dtype}{tuple(tensor.shape[1:])}".encode())
-                    total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+                    total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 
@@ -118,8 +118,8 @@ def _raw(source: Source, batch_size: int, what: str) -> Iterable[Any]:
         if isinstance(found, Iterable):
             return found
     raise DataError(
-        f"{what}: found {type(source).__name__}; expected a Tensor or ndarray (N, ...), a tuple of them, a Dataset, a DataLoader, "
-        "or a function without arguments that returns an iterable of batches"
+        f"{what}: found {type(source).__name__}; expected a Tensor or ndarray (N, ...), a tuple of them, a Dataset, a "
+        "DataLoader, or a function without arguments that returns an iterable of batches"
     )
 
 

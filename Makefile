@@ -1,0 +1,54 @@
+# make demo    a real model, trained, compressed, exported, run and proven: about a minute after the install
+# make test    everything: ruff, mypy and all tests
+# make check   ruff, mypy and the quick tests (under 4 minutes), for use while working
+# make benchmarks-docs   docs/benchmarks.md from benchmarks/results/*.json
+
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUFF   := $(BIN)/ruff
+
+.PHONY: demo test check lint tools benchmarks-docs clean
+.DEFAULT_GOAL := check
+
+demo: $(VENV)/.demo
+	$(BIN)/edgekit run examples/digits/recipe.yaml --out runs/demo
+	$(BIN)/edgekit run examples/digits/mixed.yaml --out runs/demo-mixed
+	@echo "The pages: runs/demo/report.html and runs/demo-mixed/report.html"
+
+test: $(VENV)/.test tools lint
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.test lint
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: $(VENV)/.test
+	$(RUFF) format --check .
+	$(RUFF) check .
+	$(BIN)/mypy
+
+# Chromium draws the report in one test; without it that test is skipped and says so.
+tools:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+	  if ! command -v apt-get >/dev/null; then echo "chromium is missing and there is no apt-get: tests that need it are skipped"; exit 0; fi; \
+	  if [ "$$(id -u)" = 0 ]; then as_root=""; elif sudo -n true 2>/dev/null; then as_root="sudo -n"; \
+	  else echo "chromium is missing and this user may not install it: tests that need it are skipped"; exit 0; fi; \
+	  { $$as_root apt-get -qq update && $$as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium; } \
+	    >/dev/null </dev/null || echo "chromium could not be installed: tests that need it are skipped"; }
+
+benchmarks-docs: $(VENV)/.demo
+	$(BIN)/python benchmarks/make_docs.py
+
+# One stamp for each extra: the environment is built again only when pyproject.toml changes. pip's own configuration is used as it is.
+$(VENV)/.demo: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $(VENV)/.demo $@
+
+clean:
+	rm -rf runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

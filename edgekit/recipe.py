@@ -1,0 +1,291 @@
+"""Recipes: what ``edgekit run`` reads. The reference is docs/recipe.md, the JSON schema docs/recipe.schema.json.
+
+A recipe is checked completely before anything is loaded or run; an error gives the file, the line, the key, what was found and
+what is allowed. Factories and files are looked up beside the recipe first, then in the current folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
+
+from edgekit import marked_yaml
+from edgekit.compress.ptq.settings import PTQ, QAT
+from edgekit.errors import RecipeError
+
+__all__ = ["NAMED", "SETTINGS", "Block", "Recipe", "Target", "Verify", "dump", "load", "parse", "replace"]
+
+_FORBID = ConfigDict(extra="forbid")
+
+SETTINGS: dict[str, type[PTQ] | type[QAT]] = {"ptq": PTQ, "qat": QAT}
+"""Compression block to its settings class."""
+
+NAMED: dict[str, Mapping[str, Any]] = {
+    "static_wi8_ai8": {"ptq": {"weights": "int8", "activations": "int8"}},
+    "static_wi4_ai8": {"ptq": {"weights": "int4", "activations": "int8", "method": "learned_round", "weight_scale": "mse"}},
+}
+"""Named compressions in the grammar of ai-edge-quantizer: calibrated, weight type, activation type."""
+
+TargetName = Literal["executorch", "tflite", "onnx"]
+
+
+@dataclass(frozen=True, config=_FORBID, kw_only=True)
+class Verify:
+    """What counts as equal.
+
+    Attributes:
+        max_lsb: largest difference, in steps of the output's scale, of one layer that is fed the target's own inputs.
+        max_accuracy_drop: largest loss of the task metric from the float model to an artefact, in its unit (percent points).
+        samples: evaluation samples used; all if left out.
+    """
+
+    max_lsb: Annotated[int, Field(ge=0)] = 1
+    max_accuracy_drop: Annotated[float, Field(ge=0)] = 0.5
+    samples: Annotated[int, Field(ge=1)] | None = None
+
+
+@dataclass(frozen=True, config=_FORBID)
+class Block:
+    """One step of compression: "ptq" or "qat" and its settings."""
+
+    kind: Literal["ptq", "qat"]
+    settings: PTQ | QAT
+
+
+@dataclass(frozen=True, config=_FORBID)
+class Target:
+    """A target and the options given for it (checked against the target's own ``Options``)."""
+
+    name: TargetName
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=_FORBID, kw_only=True)
+class Recipe:
+    """A whole recipe, resolved: paths are absolute, named compressions are written out.
+
+    Attributes:
+        model: ``file.py:factory``, ``package.module:factory`` or a ``.pt2`` file; the factory returns an ``nn.Module``.
+        data: ``file.py:factory`` or ``package.module:factory``; the factory returns an ``edgekit.data.Data``.
+        compress: what is done to the model, in order: ``ptq``, ``qat``, or a name such as ``static_wi8_ai8``.
+        targets: what it is lowered to, each a name or a name with options.
+        verify: what counts as equal.
+        seed: seed of everything random, unless a block has its own.
+        name: short name of the model in files and reports.
+    """
+
+    model: str
+    data: str
+    compress: tuple[Block, ...]
+    targets: tuple[Target, ...] = ()
+    verify: Verify = Field(default_factory=Verify)
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "model"
+
+
+def load(path: Path) -> Recipe:
+    """Read and check a recipe file.
+
+    Raises:
+        RecipeError: it is missing, not YAML, or not a valid recipe.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe; write one with `edgekit init`") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as text ({error})") from None
+    return parse(text, str(path), path.parent)
+
+
+def parse(text: str, name: str = "recipe.yaml", folder: Path = Path()) -> Recipe:
+    """Check the text of a recipe; relative paths are looked up in ``folder``, then in the current one. Raises as :func:`load`."""
+    document = marked_yaml.parse(text, name)
+    reader = _Reader(document, name)
+    if not isinstance(document.value, dict):
+        reader.fail((), f"found {_shown(document.value)}; expected the keys model, data, compress and targets")
+    value = dict(document.value)
+    allowed = [f.name for f in dataclasses.fields(Recipe)]
+    for key in value:
+        if key not in allowed:
+            reader.fail((key,), f"unknown key {key!r}{_closest(key, allowed)}")
+    seed = value.get("seed", 0)
+    if "compress" in value:
+        value["compress"] = _blocks(value["compress"], seed, reader)
+    if "targets" in value:
+        value["targets"] = _targets(value["targets"], reader)
+    for key in ("model", "data"):
+        if isinstance(value.get(key), str):
+            value[key] = _resolved(value[key], key, folder, reader)
+    recipe: Recipe = reader.check(Recipe, value, ())
+    return recipe
+
+
+def replace(
+    recipe: Recipe, *, seed: int | None = None, device: str | None = None, targets: Sequence[Target] | None = None
+) -> Recipe:
+    """The recipe with values from the command line: ``seed`` and ``device`` go into every block that has such a setting."""
+    given: dict[str, Any] = {k: v for k, v in {"seed": seed, "device": device}.items() if v is not None}
+
+    def changed(settings: PTQ | QAT) -> PTQ | QAT:
+        known = {f.name for f in dataclasses.fields(settings)}
+        return dataclasses.replace(settings, **{k: v for k, v in given.items() if k in known})
+
+    return dataclasses.replace(
+        recipe,
+        compress=tuple(Block(b.kind, changed(b.settings)) for b in recipe.compress),
+        seed=recipe.seed if seed is None else seed,
+        targets=recipe.targets if targets is None else tuple(targets),
+    )
+
+
+def dump(recipe: Recipe, folder: Path) -> str:
+    """The recipe as YAML with every setting written out; paths relative to ``folder``, where it will lie."""
+    value = dataclasses.asdict(recipe)
+    for key in ("model", "data"):
+        file, colon, factory = _split(value[key])
+        if Path(file).is_absolute():
+            value[key] = os.path.relpath(os.path.realpath(file), os.path.realpath(folder)) + colon + factory
+    value["compress"] = [{b["kind"]: b["settings"]} for b in value["compress"]]
+    value["targets"] = [{t["name"]: t["options"]} if t["options"] else t["name"] for t in value["targets"]]
+    plain = TypeAdapter(dict[str, Any]).dump_python(value, mode="json")
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Turns a failed check into one sentence with the line of the recipe."""
+
+    document: marked_yaml.Document
+    name: str
+
+    def fail(self, path: marked_yaml.Path, message: str) -> Any:
+        where = ".".join(map(str, path))
+        raise RecipeError(f"{self.name}:{self.document.line(path)}: {where + ': ' if where else ''}{message}")
+
+    def check(self, kind: type[Any], value: Any, path: marked_yaml.Path) -> Any:
+        """``value`` as ``kind``, or a RecipeError for its first fault."""
+        try:
+            return TypeAdapter(kind).validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+            self.fail((*path, *first["loc"]), _sentence(first, kind) + more)
+
+
+def _sentence(error: ErrorDetails, kind: type[Any]) -> str:
+    """A pydantic error in the words of recipes."""
+    last = str(error["loc"][-1]) if error["loc"] else ""
+    allowed = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown key {last!r}{_closest(last, allowed)}"
+    if error["type"].startswith("missing"):
+        return f"the key {last!r} is missing"
+    found = f"found {_shown(error['input'])}"
+    if error["type"] == "literal_error":
+        values = [v.strip().strip("'") for v in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        return found + _closest(str(error["input"]), values)
+    if error["type"] in ("dataclass_type", "dict_type"):
+        return f"{found}; expected a mapping{f' with the keys {chr(44).join(allowed)}' if allowed else ''}".replace(",", ", ")
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{found}; expected {message}" if error["msg"].startswith("Input should be ") else f"{found}; {message}"
+
+
+def _closest(found: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(found, allowed, 1)
+    return (f"; did you mean {close[0]!r}?" if close else ";") + f" allowed: {', '.join(allowed)}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    return "nothing" if value is None else repr(value)
+
+
+def _blocks(value: Any, seed: Any, reader: _Reader) -> tuple[Block, ...]:
+    items = [value] if isinstance(value, str | dict) else value
+    if not isinstance(items, list) or not items:
+        reader.fail(("compress",), f"found {_shown(value)}; expected a list of blocks ({', '.join(SETTINGS)}) or names")
+    blocks = []
+    for i, item in enumerate(items):
+        path: marked_yaml.Path = ("compress", i) if isinstance(value, list) else ("compress",)
+        if isinstance(item, str) and item not in SETTINGS:
+            if item not in NAMED:
+                reader.fail(path, f"found {item!r}{_closest(item, [*NAMED, *SETTINGS])}")
+            item = NAMED[item]
+        kind, settings = _single(item, SETTINGS, path, reader)
+        settings = {"seed": seed, **settings} if isinstance(settings, dict) else settings
+        blocks.append(Block(kind, reader.check(SETTINGS[kind], settings, (*path, kind))))  # type: ignore[arg-type]
+    return tuple(blocks)
+
+
+def _targets(value: Any, reader: _Reader) -> tuple[Target, ...]:
+    from edgekit.targets import TARGETS
+
+    items = [value] if isinstance(value, str | dict) else value
+    if not isinstance(items, list):
+        reader.fail(("targets",), f"found {_shown(value)}; expected a list of {', '.join(TARGETS)}")
+    targets: list[Target] = []
+    for i, item in enumerate(items):
+        path: marked_yaml.Path = ("targets", i) if isinstance(value, list) else ("targets",)
+        name, options = _single(item, TARGETS, path, reader)
+        if name in [t.name for t in targets]:
+            reader.fail(path, f"{name!r} stands twice; keep one")
+        check_options(name, options, path, reader)
+        targets.append(Target(name, options))  # type: ignore[arg-type]
+    return tuple(targets)
+
+
+def check_options(name: str, options: Any, path: marked_yaml.Path, reader: _Reader) -> Any:
+    """The options as the target's own ``Options``; unknown keys and wrong values fail at their line."""
+    from edgekit.targets import get
+
+    kind = get(name).Options
+    if not isinstance(options, dict):
+        reader.fail((*path, name), f"found {_shown(options)}; expected a mapping of options")
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in options:
+        if key not in known:
+            reader.fail((*path, name, key), f"unknown option {key!r}{_closest(key, known)}")
+    return reader.check(kind, options, (*path, name))
+
+
+def _single(item: Any, allowed: Mapping[str, Any], path: marked_yaml.Path, reader: _Reader) -> tuple[str, Any]:
+    """A word, or a mapping of one key, as (key, value)."""
+    if isinstance(item, str):
+        item = {item: {}}
+    if not isinstance(item, Mapping) or len(item) != 1:
+        reader.fail(path, f"found {_shown(item)}; expected one key of: {', '.join(allowed)}")
+    ((key, value),) = item.items()
+    if key not in allowed:
+        reader.fail((*path, key), f"found {key!r}{_closest(key, list(allowed))}")
+    return key, {} if value is None else value
+
+
+def _split(spec: str) -> tuple[str, str, str]:
+    file, colon, factory = spec.rpartition(":")
+    return (file, colon, factory) if colon else (spec, "", "")
+
+
+def _resolved(spec: str, key: str, folder: Path, reader: _Reader) -> str:
+    """``spec`` with an absolute path, where it names a file."""
+    file, colon, factory = _split(spec)
+    if colon and factory.isidentifier() and not file.endswith(".py"):
+        return spec
+    if not (file.endswith(".py") and factory.isidentifier()) and not (key == "model" and spec.endswith(".pt2")):
+        kinds = "file.py:factory, package.module:factory" + (" or a .pt2 file" if key == "model" else "")
+        reader.fail((key,), f"found {spec!r}; expected {kinds}")
+    for base in (folder, Path()):
+        if (base / file).is_file():
+            return str((base / file).absolute()) + colon + factory
+    return reader.fail((key,), f"{file}: no such file in {folder.absolute()} or the current folder")  # type: ignore[no-any-return]

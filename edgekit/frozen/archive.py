@@ -1,8 +1,9 @@
 """Save and load frozen programs as ``.pt2`` without ever executing code from the file.
 
 The file is a standard ``torch.export`` archive plus one member, ``extra/edgekit.json``: format number, edgekit version, a SHA-256
-over every other member, and the program's own facts. Plain ``torch.export.load`` unpickles ``data/sample_inputs`` and any tensor
-marked ``use_pickle``; :func:`load` hands torch a copy in which the first is empty and refuses the second, and custom objects too.
+over everything else, and the program's own facts. Plain ``torch.export.load`` unpickles ``data/sample_inputs`` and any tensor
+marked ``use_pickle``, and evaluates strings of the graph; :func:`load` hands torch a copy in which the first is empty, and
+refuses whatever :mod:`edgekit.frozen.screen` does not know to be harmless.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ import hashlib
 import io
 import json
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.export.pt2_archive._package import load_pt2
 
 from edgekit.errors import FormatError
 from edgekit.files import write_whole
 from edgekit.frozen import ops  # noqa: F401  registers the operators before torch reads a graph of them
 from edgekit.frozen.program import FrozenProgram, Unquantized
+from edgekit.frozen.screen import Refused, screen_graph, screen_members, screen_payloads
 
 __all__ = ["FORMAT", "load", "read_exported", "save", "to_bytes"]
 
@@ -29,6 +31,8 @@ FORMAT = 1
 """Version of ``edgekit.json``; a file with a larger number is from a newer edgekit."""
 
 _FACTS = "extra/edgekit.json"
+_GRAPH = "models/model.json"
+_SAMPLE = "data/sample_inputs/model.pt"
 _FIXED_DATE = (1980, 1, 1, 0, 0, 0)
 
 
@@ -41,16 +45,16 @@ def to_bytes(program: FrozenProgram) -> bytes:
     """The bytes of the ``.pt2`` file."""
     buffer = io.BytesIO()
     torch.export.save(program.exported, buffer)
-    members = _members(buffer.getvalue(), program.name)
+    members = _members(buffer.getvalue())
     facts = {
         "format": FORMAT,
         "edgekit": _version(),
         "torch": str(torch.__version__).split("+")[0],
-        "sha256": _digest(members),
         "name": program.name,
         "unquantized": [[u.layer, u.op, u.reason] for u in program.unquantized],
         "sources": dict(sorted(program.sources.items())),
     }
+    facts["sha256"] = _digest(members, facts)
     members[_FACTS] = json.dumps(facts, indent=1, sort_keys=True).encode()
     return _pack(members)
 
@@ -73,7 +77,7 @@ def load(path: Path) -> FrozenProgram:
         raise FormatError(
             f"{path}: format {number} of edgekit {facts.get('edgekit', '?')}, this edgekit reads format {FORMAT}; upgrade edgekit"
         )
-    if _digest(members) != facts.get("sha256"):
+    if facts.pop("sha256", None) != _digest(members, facts):
         raise FormatError(f"{path}: its contents were altered after it was written (checksum differs); make it again")
     try:
         return FrozenProgram(
@@ -82,8 +86,10 @@ def load(path: Path) -> FrozenProgram:
             tuple(Unquantized(*map(str, u)) for u in facts["unquantized"]),
             {str(k): str(v) for k, v in facts["sources"].items()},
         )
-    except (KeyError, TypeError) as error:
-        raise FormatError(f"{path}: {_FACTS} lacks {error}; make the file again with `edgekit compress`") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FormatError(
+            f"{path}: {_FACTS} is damaged ({type(error).__name__}: {error}); make the file again with `edgekit compress`"
+        ) from error
 
 
 def read_exported(path: Path) -> ExportedProgram:
@@ -103,24 +109,33 @@ def _version() -> str:
     return __version__
 
 
-def _members(data: bytes, name: str) -> dict[str, bytes]:
+def _members(data: bytes) -> dict[str, bytes]:
     """Archive members by name below the archive's root folder, sorted."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        found = {i.filename.split("/", 1)[-1]: archive.read(i) for i in archive.infolist() if not i.is_dir()}
-    return dict(sorted(found.items()))
+        files = [(i.filename.split("/", 1)[-1], i) for i in archive.infolist() if not i.is_dir()]
+        screen_members([name for name, _ in files])
+        if any(i.compress_type != zipfile.ZIP_STORED or i.file_size > len(data) for _, i in files):
+            raise Refused("members are compressed, which torch.export never does")
+        return {name: archive.read(i) for name, i in sorted(files, key=lambda pair: pair[0])}
 
 
 def _read(path: Path) -> dict[str, bytes]:
     try:
-        return _members(Path(path).read_bytes(), str(path))
+        data = Path(path).read_bytes()
     except FileNotFoundError as error:
         raise FormatError(f"{path}: no such file") from error
-    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        return _members(data)
+    except Refused as error:
+        raise FormatError(f"{path}: {error}; edgekit does not load it") from error
+    except Exception as error:  # zipfile raises a dozen kinds for damaged bytes
         raise FormatError(f"{path}: truncated or not a .pt2 archive ({error}); make it again with `edgekit compress`") from error
 
 
-def _digest(members: dict[str, bytes]) -> str:
-    total = hashlib.sha256()
+def _digest(members: dict[str, bytes], facts: dict[str, Any]) -> str:
+    total = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, data in sorted(members.items()):
         total.update(f"{name}\0{len(data)}\0".encode())
         total.update(data)
@@ -136,20 +151,18 @@ def _pack(members: dict[str, bytes]) -> bytes:
 
 
 def _load_exported(path: Path, members: dict[str, bytes]) -> ExportedProgram:
-    for name, data in members.items():
-        if name.rsplit("/", 1)[-1].startswith("custom_obj") or name.startswith("data/aotinductor"):
-            raise FormatError(f"{path}: member {name} holds a pickled or compiled object, which edgekit never loads")
-        if name.endswith("_config.json"):
-            try:
-                config = json.loads(data)["config"].items()
-                pickled = [k for k, v in config if v.get("use_pickle", True)]
-            except (ValueError, KeyError, AttributeError) as error:
-                raise FormatError(f"{path}: {name} is damaged ({error})") from error
-            if pickled:
-                raise FormatError(f"{path}: tensor {pickled[0]} is stored as a pickle, which edgekit never loads")
-    safe = {k: b"" if k.startswith("data/sample_inputs/") else v for k, v in members.items()}
+    safe = {name: b"" if name == _SAMPLE else data for name, data in members.items() if not name.startswith("extra/")}
     try:
-        return torch.export.load(io.BytesIO(_pack(safe)))
+        for name in [n for n in safe if n.endswith("_config.json")]:
+            screen_payloads(name, safe[name])
+        safe[_GRAPH] = screen_graph(safe[_GRAPH])
+    except KeyError as error:
+        raise FormatError(f"{path}: not a .pt2 of torch.export.save (no {_GRAPH})") from error
+    except Refused as error:
+        raise FormatError(f"{path}: {error}; edgekit does not load it") from error
+    try:
+        loaded: ExportedProgram = load_pt2(io.BytesIO(_pack(safe))).exported_programs["model"]
+        return loaded
     except Exception as error:
-        cause = str(error.__cause__ or error).splitlines()[0][:200]
+        cause = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0][:200]
         raise FormatError(f"{path}: torch {torch.__version__} cannot read this graph ({cause})") from error

@@ -44,13 +44,17 @@ class Verify:
 
     Attributes:
         max_lsb: largest difference, in steps of the output's scale, of one layer that is fed the target's own inputs.
-        max_accuracy_drop: largest loss of the task metric from the float model to an artefact, in its unit (percent points).
-        samples: evaluation samples used; all if left out.
+        max_accuracy_drop: largest loss of the task metric from the float model to an artefact, in its unit (percent points);
+            null: any.
+        samples: evaluation samples used, evenly spread; all if left out.
+        layer_samples: how many of them the layer-by-layer check uses.
     """
 
     max_lsb: Annotated[int, Field(ge=0)] = 1
-    max_accuracy_drop: Annotated[float, Field(ge=0)] = 0.5
+    max_accuracy_drop: Annotated[float, Field(ge=0)] | None = 0.5
     samples: Annotated[int, Field(ge=1)] | None = None
+    layer_samples: Annotated[int, Field(ge=1)] = 4
+    layer_samples: Annotated[int, Field(ge=1)] = 8
 
 
 @dataclass(frozen=True, config=_FORBID)

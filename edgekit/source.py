@@ -1,0 +1,243 @@
+"""Models and data that a recipe or the command line names.
+
+A factory (``file.py:name`` or ``package.module:name``) is the user's own code and is imported only here, only when it is named.
+Everything else that comes from a file is data: weights are read from safetensors or by ``torch.load(weights_only=True)``, a
+``.pt2`` by edgekit's own reader, which executes nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from edgekit.data import Data, first_sample
+from edgekit.errors import DataError, EdgekitError, FormatError, InputError, ModelError
+
+__all__ = ["input_count", "load_data", "load_model", "load_weights", "model_fingerprint", "sample_inputs"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def load_model(spec: str, seed: int = 0) -> nn.Module:
+    """The model that ``spec`` names, in evaluation mode on the CPU.
+
+    Args:
+        spec: ``file.py:factory``, ``package.module:factory`` or a ``.pt2`` file with a float model.
+        seed: torch's seed while the factory runs; passed to it if it has a parameter ``seed``.
+
+    Raises:
+        InputError: no such file, module or factory.
+        ModelError: the factory failed, or returned something else than an ``nn.Module``.
+        FormatError: the ``.pt2`` is damaged or holds pickled objects.
+    """
+    if spec.endswith(".pt2"):
+        from edgekit.frozen import read_exported
+
+        module: nn.Module = read_exported(Path(spec)).module(check_guards=False)
+        return module
+    model = _call(_factory(spec), spec, seed, ModelError)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{_name(spec)} returned {type(model).__name__}; expected a torch.nn.Module")
+    return model.cpu().eval()
+
+
+def load_data(spec: str, seed: int = 0) -> Data:
+    """The :class:`edgekit.data.Data` that the factory ``spec`` returns; ``seed`` as in :func:`load_model`.
+
+    Raises:
+        InputError: no such file, module or factory.
+        DataError: the factory failed, or returned something else.
+    """
+    data = _call(_factory(spec), spec, seed, DataError)
+    if not isinstance(data, Data):
+        raise DataError(f"{_name(spec)} returned {type(data).__name__}; expected an edgekit.data.Data")
+    return data
+
+
+def load_weights(model: M, path: Path) -> M:
+    """Load a state dict from ``.safetensors``, or from a torch file without executing anything in it; returns the model.
+
+    A torch file may hold the state dict itself or a mapping with it under "state_dict", "model" or "weights".
+
+    Raises:
+        FormatError: the file is missing, damaged, or would need to execute code.
+        ModelError: names or shapes do not fit the model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FormatError(f"{path}: no such file")
+    state = _state(path)
+    own = model.state_dict()
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    unknown = [k for k in state if k not in own]
+    if missing or unknown:
+        words = [f"{label} {', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}" for label, keys in
+                 (("the file lacks", missing), ("the model has no", unknown)) if keys]  # fmt: skip
+        raise ModelError(f"{path}: these weights are of another model: {'; '.join(words)}")
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise ModelError(f"{path}: {key} has shape {tuple(value.shape)}, the model's is {tuple(own[key].shape)}")
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def input_count(model: nn.Module) -> int | None:
+    """How many tensors ``model.forward`` needs; None where its signature does not say (then data must hold inputs only)."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        graph = getattr(model, "graph", None)
+        return None if graph is None else sum(n.op == "placeholder" for n in graph.nodes)
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters)
+
+
+def sample_inputs(model: nn.Module, data: Data) -> tuple[Tensor, ...]:
+    """The first calibration sample, (1, ...) for each of the model's inputs. Raises DataError as ``batches``."""
+    return first_sample(data.calibration, inputs=input_count(model), what="calibration data")
+
+
+def model_fingerprint(model: nn.Module, sample: tuple[Tensor, ...]) -> str:
+    """SHA-256 over the weights and the exported graph; over weights and source text where the model cannot be exported.
+
+    The graph is taken because a model may change without its file changing (a helper module, a library).
+    """
+    total = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        total.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    try:
+        exported = torch.export.export(model, sample, strict=False)
+        total.update(str(exported.graph).encode())
+        for key, constant in sorted(exported.constants.items()):
+            if isinstance(constant, Tensor):
+                total.update(f"{key}{constant.dtype}{tuple(constant.shape)}".encode())
+                total.update(constant.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    except Exception:  # capture explains what is wrong with it; here only a key is needed
+        total.update(repr(model).encode())
+    return total.hexdigest()
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return dict(load_file(path))
+        except SafetensorError as error:
+            raise FormatError(f"{path}: not a whole safetensors file ({error})") from None
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        if not zipfile.is_zipfile(path):
+            raise FormatError(f"{path}: truncated or not a torch file; save the weights as safetensors") from None
+        raise FormatError(
+            f"{path}: holds more than tensors ({str(error).splitlines()[0][:120]}), which edgekit never executes; "
+            "save model.state_dict() as safetensors"
+        ) from None
+    for key in ("state_dict", "model", "weights"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise FormatError(f"{path}: holds {type(found).__name__}, not a state dict; save model.state_dict()")
+    return dict(found)
+
+
+def _factory(spec: str) -> Callable[..., Any]:
+    file, _, name = spec.rpartition(":")
+    if not file or not name.isidentifier():
+        raise InputError(f"{spec!r}: expected file.py:factory or package.module:factory")
+    path = Path(file)
+    if path.suffix == ".py" and not path.is_file():
+        raise InputError(f"{file}: no such file")
+    with _importable(path.parent.absolute() if path.suffix == ".py" else Path.cwd()):
+        try:
+            module = _import_file(path) if path.suffix == ".py" else importlib.import_module(file)
+        except EdgekitError:
+            raise
+        except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and error.name and file.startswith(error.name):
+                raise InputError(
+                    f"{file}: no such module, and no file {file.replace('.', '/')}.py in the current folder"
+                ) from None
+            raise InputError(f"{file}: cannot be imported: {_cause(error, path)}") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        close = difflib.get_close_matches(name, names, 1)
+        raise InputError(f"{file}: no function {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    return found  # type: ignore[no-any-return]
+
+
+def _import_file(path: Path) -> Any:
+    """The file as a module of a name of its own, once for each content."""
+    name = f"edgekit_user_{path.stem}_{hashlib.sha256(str(path.absolute()).encode() + path.read_bytes()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    specification = importlib.util.spec_from_file_location(name, path)
+    if specification is None or specification.loader is None:
+        raise InputError(f"{path}: cannot be imported as Python")
+    module = sys.modules[name] = importlib.util.module_from_spec(specification)
+    try:
+        specification.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _call(factory: Callable[..., Any], spec: str, seed: int, kind: type[EdgekitError]) -> Any:
+    """What the factory returns; its own failure becomes one sentence with the line of the user's file."""
+    path = Path(spec.rpartition(":")[0])
+    try:
+        takes_seed = "seed" in inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        takes_seed = False
+    with _importable(path.parent.absolute() if path.suffix == ".py" else Path.cwd()):
+        torch.manual_seed(seed)
+        try:
+            return factory(seed=seed) if takes_seed else factory()
+        except EdgekitError:
+            raise
+        except Exception as error:
+            raise kind(f"{_name(spec)} failed: {_cause(error, path)}") from error
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """The user's folder can be imported from meanwhile, as if the file were run."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        if str(folder) in sys.path:
+            sys.path.remove(str(folder))
+
+
+def _name(spec: str) -> str:
+    file, _, name = spec.rpartition(":")
+    return f"{Path(file).name if file.endswith('.py') else file}:{name}"
+
+
+def _cause(error: BaseException, path: Path) -> str:
+    """The error in one line, with the last line of the user's file that led to it."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == path.name]
+    where = f" ({path.name}:{frames[-1].lineno})" if frames else ""
+    text = str(error).splitlines()
+    return f"{type(error).__name__}{': ' + text[0][:200] if text else ''}{where}"

@@ -8,6 +8,9 @@ Requantization, the one rounding rule of all weighted ops (it is XNNPACK's float
     m[c] = float32(in_scale * weight_scale[c]) / out_scale  float32
     q    = round_half_even(float32(acc) * m[c]) + out_zp    then clamped to the activation's range
 
+The other ops compute the real number in float64, divide by ``out_scale``, round once, half to even, and add ``out_zp``;
+``quantize`` is ``round_half_even(x * float32(1 / scale)) + zero_point``. Padding of convolutions and pools stands for the real 0.
+
 ``activation`` is "none", "relu" or "relu6" and only narrows the clamp: relu lifts the lower bound to ``out_zp``, relu6 also
 lowers the upper bound to ``out_zp + round(6 / out_scale)``.
 
@@ -234,7 +237,7 @@ def _qreshape(x: Tensor, shape: Sequence[int], scale: float, zero_point: int) ->
 
 
 def _qpermute(x: Tensor, dims: Sequence[int], scale: float, zero_point: int) -> Tensor:
-    return x.permute(list(dims)).contiguous()
+    return x.permute(list(dims)).clone(memory_format=torch.contiguous_format)  # contiguous() may return x itself
 
 
 def _qslice(x: Tensor, dim: int, start: int, end: int, step: int, scale: float, zero_point: int) -> Tensor:

@@ -22,7 +22,7 @@ from edgekit import marked_yaml
 from edgekit.compress.ptq.settings import PTQ, QAT
 from edgekit.errors import RecipeError
 
-__all__ = ["NAMED", "SETTINGS", "Block", "Recipe", "Target", "Verify", "dump", "load", "parse", "replace"]
+__all__ = ["NAMED", "SETTINGS", "Block", "Recipe", "Target", "Verify", "dump", "load", "parse", "replace", "target"]
 
 _FORBID = ConfigDict(extra="forbid")
 
@@ -53,8 +53,6 @@ class Verify:
     max_lsb: Annotated[int, Field(ge=0)] = 1
     max_accuracy_drop: Annotated[float, Field(ge=0)] | None = 0.5
     samples: Annotated[int, Field(ge=1)] | None = None
-    layer_samples: Annotated[int, Field(ge=1)] = 4
-    layer_samples: Annotated[int, Field(ge=1)] = 8
 
 
 @dataclass(frozen=True, config=_FORBID)
@@ -96,8 +94,11 @@ class Recipe:
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "model"
 
 
-def load(path: Path) -> Recipe:
+def load(path: Path, *, files: bool = True) -> Recipe:
     """Read and check a recipe file.
+
+    Args:
+        files: the model and data files must be there; False for a run folder, which may have moved without them.
 
     Raises:
         RecipeError: it is missing, not YAML, or not a valid recipe.
@@ -109,11 +110,11 @@ def load(path: Path) -> Recipe:
         raise RecipeError(f"{path}: no such recipe; write one with `edgekit init`") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as text ({error})") from None
-    return parse(text, str(path), path.parent)
+    return parse(text, str(path), path.parent, files=files)
 
 
-def parse(text: str, name: str = "recipe.yaml", folder: Path = Path()) -> Recipe:
-    """Check the text of a recipe; relative paths are looked up in ``folder``, then in the current one. Raises as :func:`load`."""
+def parse(text: str, name: str = "recipe.yaml", folder: Path = Path(), *, files: bool = True) -> Recipe:
+    """Check the text of a recipe; relative paths are looked up in ``folder``, then in the current one. As :func:`load`."""
     document = marked_yaml.parse(text, name)
     reader = _Reader(document, name)
     if not isinstance(document.value, dict):
@@ -130,7 +131,7 @@ def parse(text: str, name: str = "recipe.yaml", folder: Path = Path()) -> Recipe
         value["targets"] = _targets(value["targets"], reader)
     for key in ("model", "data"):
         if isinstance(value.get(key), str):
-            value[key] = _resolved(value[key], key, folder, reader)
+            value[key] = _resolved(value[key], key, folder, reader, files)
     recipe: Recipe = reader.check(Recipe, value, ())
     return recipe
 
@@ -175,7 +176,8 @@ class _Reader:
 
     def fail(self, path: marked_yaml.Path, message: str) -> Any:
         where = ".".join(map(str, path))
-        raise RecipeError(f"{self.name}:{self.document.line(path)}: {where + ': ' if where else ''}{message}")
+        line = f":{self.document.line(path)}" if self.document.lines else ""
+        raise RecipeError(f"{self.name}{line}: {where + ': ' if where else ''}{message}")
 
     def check(self, kind: type[Any], value: Any, path: marked_yaml.Path) -> Any:
         """``value`` as ``kind``, or a RecipeError for its first fault."""
@@ -245,12 +247,18 @@ def _targets(value: Any, reader: _Reader) -> tuple[Target, ...]:
         name, options = _single(item, TARGETS, path, reader)
         if name in [t.name for t in targets]:
             reader.fail(path, f"{name!r} stands twice; keep one")
-        check_options(name, options, path, reader)
+        _check_options(name, options, path, reader)
         targets.append(Target(name, options))  # type: ignore[arg-type]
     return tuple(targets)
 
 
-def check_options(name: str, options: Any, path: marked_yaml.Path, reader: _Reader) -> Any:
+def target(name: str, options: Mapping[str, Any]) -> Target:
+    """A target from the command line, checked as in a recipe. Raises RecipeError."""
+    (found,) = _targets([{name: dict(options)}], _Reader(marked_yaml.Document(None, {}), "--target"))
+    return found
+
+
+def _check_options(name: str, options: Any, path: marked_yaml.Path, reader: _Reader) -> Any:
     """The options as the target's own ``Options``; unknown keys and wrong values fail at their line."""
     from edgekit.targets import get
 
@@ -281,7 +289,7 @@ def _split(spec: str) -> tuple[str, str, str]:
     return (file, colon, factory) if colon else (spec, "", "")
 
 
-def _resolved(spec: str, key: str, folder: Path, reader: _Reader) -> str:
+def _resolved(spec: str, key: str, folder: Path, reader: _Reader, files: bool) -> str:
     """``spec`` with an absolute path, where it names a file."""
     file, colon, factory = _split(spec)
     if colon and factory.isidentifier() and not file.endswith(".py"):
@@ -292,4 +300,6 @@ def _resolved(spec: str, key: str, folder: Path, reader: _Reader) -> str:
     for base in (folder, Path()):
         if (base / file).is_file():
             return str((base / file).absolute()) + colon + factory
-    return reader.fail((key,), f"{file}: no such file in {folder.absolute()} or the current folder")  # type: ignore[no-any-return]
+    if files:
+        reader.fail((key,), f"{file}: no such file in {folder.absolute()} or the current folder")
+    return str((folder / file).absolute()) + colon + factory

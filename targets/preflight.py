@@ -1,0 +1,2 @@
+def check_program(program, target):
+    pass

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from edgekit.frozen import FrozenProgram
 from edgekit.frozen.ops import LUT_FUNCTIONS, OPS, integer_range
 
-__all__ = ["Style", "to_qdq"]
+__all__ = ["Style", "rules", "to_qdq"]
 
 _Q: Any = torch.ops.quantized_decomposed
 _ATEN: Any = torch.ops.aten
@@ -74,14 +74,15 @@ def to_qdq(program: FrozenProgram, style: Style, aten_rules: Mapping[Any, Callab
     from executorch.exir.operator.util import _QUANT_PRIMITIVES
     from executorch.exir.passes.constant_prop_pass import constant_prop_pass
 
-    table = {getattr(OPS, name).default: rule for name, rule in _rules(style).items()}
+    table = {getattr(OPS, name).default: rule for name, rule in rules(style).items()}
     lowered = program.exported.run_decompositions({**table, **(aten_rules or {})})
     # without this list the weights' dequantize is folded too and the target silently gets FLOAT weights
     kept = {getattr(_Q, f"{verb}_per_{kind}").default for verb in ("quantize", "dequantize") for kind in ("tensor", "channel")}
     return constant_prop_pass(lowered, custom_skip_targets=set(_QUANT_PRIMITIVES) | kept)
 
 
-def _rules(style: Style) -> dict[str, Callable[..., Tensor]]:
+def rules(style: Style) -> dict[str, Callable[..., Tensor]]:
+    """``edgekit`` operator name to the function of the same arguments that stands for it in the graph."""
     dq, q = style.dequantize, style.quantize
 
     def act(y: Tensor, activation: str) -> Tensor:

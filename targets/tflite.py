@@ -1,0 +1,263 @@
+"""TFLite: a frozen program as a full-integer .tflite file, its facts read back, and its runs on LiteRT.
+
+Converted by litert-torch, run by ai-edge-litert with XNNPACK, which requantizes in float with one rounding as the frozen program
+does; LiteRT's builtin kernels (packed INT4 convolutions) round twice and may differ by 1 in the last place, layer by layer.
+
+    >>> artifact = lower(program, Path("model.tflite"), Options(io="float"))
+    >>> run(artifact.path, [images])[0].shape
+    (8, 10)
+
+Limits: 8-bit activations only; batch of one; weights of 4 bits packed for convolutions and linear layers, of 2 bits for linear
+layers, else stored as int8 (the artefact's coverage says which).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.artifact import Artifact, Mismatch
+from edgekit.errors import FormatError, InputError, ParityError, UnsupportedError, missing_extra
+from edgekit.files import write_whole
+from edgekit.frozen import FrozenProgram, Layer
+from edgekit.targets import tflite_facts as facts
+from edgekit.targets.tflite_convert import convert, quiet
+from edgekit.targets.tflite_file import Tensor, TfliteFile, parse, read
+from edgekit.targets.tflite_finish import finish
+
+__all__ = ["EXTRA", "SUFFIX", "Options", "available", "inspect", "lower", "readback", "run", "taps"]
+
+SUFFIX = ".tflite"
+EXTRA = "tflite"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the file is made.
+
+    Attributes:
+        io: "int8": inputs and outputs are the program's integers; "float": the file quantizes and dequantizes itself.
+        channel_last: image inputs are (1, H, W, C), which saves a transpose; else (1, C, H, W) as in the program.
+        pack: store 4 and 2 bit weights packed where the runtime takes it; packed convolutions are smaller and slower.
+    """
+
+    io: Literal["int8", "float"] = "int8"
+    channel_last: bool = True
+    pack: bool = True
+
+    def __post_init__(self) -> None:
+        if self.io not in ("int8", "float"):
+            raise InputError(f"tflite io {self.io!r}: expected int8 or float")
+
+
+def available() -> str | None:
+    """None if programs can be lowered and run here, else what is missing."""
+    missing = [name for name in ("litert_torch", "ai_edge_litert") if importlib.util.find_spec(name) is None]
+    return None if not missing else f"{' and '.join(missing).replace('_', '-')} not installed: pip install 'edgekit[{EXTRA}]'"
+
+
+def lower(program: FrozenProgram, path: Path, options: Options | None = None) -> Artifact:
+    """Convert, finish, write, and read back; nothing is written unless every stored number is the program's.
+
+    Raises:
+        UnsupportedError: a layer that TFLite or its converter cannot take.
+        ParityError: the converter made something else of a layer; the message names it.
+    """
+    options = options or Options()
+    _refuse(program)
+    content = convert(program, options.channel_last)
+    content = finish(content, program, channel_last=options.channel_last, float_io=options.io == "float", packed=options.pack)
+    file = parse(content, Path(path).name)
+    wrong = facts.compare(file, program)
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ParityError(f"the TFLite converter changed the program: {wrong[0]}{more}")
+    write_whole(path, content)
+    return _artifact(Path(path), parse(Path(path).read_bytes(), Path(path).name), program)
+
+
+def _refuse(program: FrozenProgram) -> None:
+    """What would fail unclearly in the converter."""
+    for layer in program.layers:
+        bits = max(int(layer.args.get("out_bits", 8)), int(layer.args.get("bits", 8)))
+        if bits > 8:
+            raise _unsupported(program, layer.name, f"has {bits}-bit activations", "quantize its activations to 8 bits")
+    names = {layer.node for layer in program.layers}
+    for node in program.module.graph.nodes:
+        if node.op != "call_function" or node.name in names:
+            continue
+        target, value = str(node.target), node.meta.get("val")
+        stack = node.meta.get("nn_module_stack") or {}
+        layer = next(reversed(stack.values()))[0] if stack else node.name
+        if "fft" in target or (hasattr(value, "is_complex") and value.is_complex()):
+            raise _unsupported(program, layer, f"computes {target} on complex numbers", "move the transform out of the model")
+        if hasattr(value, "dtype") and str(value.dtype) == "torch.float64":
+            raise _unsupported(program, layer, f"computes {target} in float64", "cast to float32")
+        if "_local_scalar_dense" in target or "nonzero" in target:
+            raise _unsupported(program, layer, f"has a result whose shape depends on the data ({target})", "use torch.where")
+
+
+def _unsupported(program: FrozenProgram, layer: str, what: str, remedy: str) -> UnsupportedError:
+    place = program.sources.get(layer)
+    return UnsupportedError(f"layer {layer}{f' ({place})' if place else ''} {what}, which TFLite does not take: {remedy}")
+
+
+def inspect(path: Path, program: FrozenProgram) -> Artifact:
+    """The facts of a file that was lowered from this program.
+
+    Raises:
+        FormatError: a damaged file, or not a .tflite file.
+    """
+    return _artifact(Path(path), read(path), program)
+
+
+def readback(path: Path, program: FrozenProgram) -> list[Mismatch]:
+    """Weights, weight scales, biases, activation scales and zero points of the file that are not the program's."""
+    return facts.compare(read(path), program)
+
+
+def _artifact(path: Path, file: TfliteFile, program: FrozenProgram) -> Artifact:
+    return Artifact(
+        path=path,
+        target="tflite",
+        inputs=tuple(facts.spec(file.tensors[i]) for i in file.inputs),
+        outputs=tuple(facts.spec(file.tensors[i]) for i in file.outputs),
+        coverage=facts.coverage(file, program, _delegated(path, file)),
+        bytes=file.size,
+        notes=facts.notes(file, program),
+        memory=facts.memory(file),
+    )
+
+
+def _interpreter(path: Path, threads: int = 1, keep: bool = False) -> Any:
+    try:
+        from ai_edge_litert.interpreter import Interpreter
+    except ImportError as error:
+        raise missing_extra("ai-edge-litert", EXTRA) from error
+    with quiet():
+        try:
+            interpreter = Interpreter(str(path), num_threads=threads, experimental_preserve_all_tensors=keep)
+            interpreter.allocate_tensors()
+        except (ValueError, RuntimeError) as error:
+            raise FormatError(f"LiteRT cannot load {Path(path).name}: {str(error).splitlines()[0]}") from error
+    return interpreter
+
+
+def _delegated(path: Path, file: TfliteFile) -> frozenset[int]:
+    """Positions of the operators that XNNPACK runs: those between a delegate node's inputs and outputs."""
+    inside: set[int] = set()
+    for node in _interpreter(path)._get_ops_details():
+        if node["op_name"] != "DELEGATE":
+            continue
+        border, todo = set(map(int, node["inputs"])), list(map(int, node["outputs"]))
+        while todo:
+            op = file.producer.get(todo.pop())
+            if op is not None and op.index not in inside:
+                inside.add(op.index)
+                todo += [i for i in op.inputs if i not in border]
+    return frozenset(inside)
+
+
+def run(
+    path: Path, inputs: Sequence[NDArray[Any]], threads: int = 1, progress: Callable[[int, int], None] | None = None
+) -> list[NDArray[np.float32]]:
+    """The file's outputs for a batch, one sample at a time.
+
+    Args:
+        inputs: one float array (N, ...) for each input of the program, in the program's layout (N, C, H, W).
+        threads: of the interpreter.
+        progress: called with (done, total) after each sample.
+
+    Returns:
+        one float32 array (N, ...) for each output, integers dequantized with the file's own scale.
+
+    Raises:
+        FormatError: a damaged file; InputError: inputs that do not fit it.
+    """
+    file = read(path)
+    _fits(file, path, inputs)
+    interpreter = _interpreter(path, threads)
+    results: list[list[NDArray[Any]]] = [[] for _ in file.outputs]
+    total = len(inputs[0]) if inputs else 0
+    for i in range(total):
+        _feed(interpreter, file, [x[i : i + 1] for x in inputs])
+        for kept, index in zip(results, file.outputs, strict=True):
+            kept.append(_real(interpreter.get_tensor(index), file.tensors[index]))
+        if progress is not None:
+            progress(i + 1, total)
+    return [np.concatenate(r) if r else np.zeros((0,), np.float32) for r in results]
+
+
+def _fits(file: TfliteFile, path: Path, inputs: Sequence[NDArray[Any]]) -> None:
+    if len(inputs) != len(file.inputs):
+        raise InputError(f"{Path(path).name} has {len(file.inputs)} inputs, {len(inputs)} were given")
+    for x, index, last in zip(inputs, file.inputs, facts.channel_last_inputs(file), strict=True):
+        stored = file.tensors[index].shape
+        wanted = (stored[3], stored[1], stored[2]) if last else stored[1:]
+        if tuple(x.shape[1:]) != wanted:
+            raise InputError(f"{Path(path).name} takes samples of shape {wanted}, found {tuple(x.shape[1:])}")
+
+
+def _feed(interpreter: Any, file: TfliteFile, sample: Sequence[NDArray[Any]]) -> None:
+    for x, index, last in zip(sample, file.inputs, facts.channel_last_inputs(file), strict=True):
+        value, tensor = np.asarray(x), file.tensors[index]
+        if last:
+            value = value.transpose(0, 2, 3, 1)
+        if tensor.dtype == "INT8":
+            value = _integers(value, tensor)
+        interpreter.set_tensor(index, np.ascontiguousarray(value, np.dtype(tensor.numpy_dtype)))
+    interpreter.invoke()
+
+
+def _integers(value: NDArray[Any], tensor: Tensor) -> NDArray[Any]:
+    """``edgekit::quantize``: float32 product with the reciprocal scale, half to even."""
+    if value.dtype == np.int8:
+        return value
+    scaled = np.rint(value.astype(np.float32) * np.float32(1.0 / (tensor.scale or 1.0)))
+    return np.clip(scaled + (tensor.zero_point or 0), -128, 127)
+
+
+def _real(value: NDArray[Any], tensor: Tensor) -> NDArray[np.float32]:
+    if tensor.dtype == "INT8":
+        value = (value.astype(np.float32) - np.float32(tensor.zero_point or 0)) * np.float32(tensor.scale or 1.0)
+    return value.astype(np.float32)
+
+
+def taps(path: Path, program: FrozenProgram, sample: Sequence[NDArray[Any]]) -> dict[str, NDArray[np.int8]]:
+    """Each frozen layer's int8 output as LiteRT computed it for one sample, in the program's layout.
+
+    Args:
+        sample: one array (1, ...) for each input, in the program's layout.
+
+    Layers merged into a neighbour are left out.
+    """
+    file = read(path)
+    _fits(file, path, sample)
+    interpreter = _interpreter(path, keep=True)
+    _feed(interpreter, file, sample)
+    channel_last = facts.layouts(file)
+    found: dict[str, NDArray[np.int8]] = {}
+    for layer in program.layers:
+        tensor = file.by_name.get(layer.name)
+        if tensor is not None and tensor.dtype == "INT8":
+            value = _in_program_layout(interpreter.get_tensor(tensor.index), layer, channel_last.get(tensor.index))
+            if value is not None:
+                found[layer.name] = value
+    return found
+
+
+def _in_program_layout(value: NDArray[Any], layer: Layer, channel_last: bool | None) -> NDArray[np.int8] | None:
+    """A stored activation in the layer's shape; None if it is neither that shape nor its channel-last form."""
+    shape = layer.shape
+    if value.ndim == 4 and len(shape) == 4:
+        fits_last = value.shape == (shape[0], shape[2], shape[3], shape[1])
+        if fits_last and (value.shape != shape or channel_last):
+            return np.ascontiguousarray(value.transpose(0, 3, 1, 2))
+        return value.copy() if value.shape == shape else None
+    return value.reshape(shape).copy() if value.size == int(np.prod(shape)) else None

@@ -1,0 +1,177 @@
+"""A frozen program through litert-torch: one fx trace of quantize/dequantize operators, one conversion, silently.
+
+Every traced node carries the name of the frozen layer it belongs to (nodes that stay float: "~" and the fx node's name), which
+the converter keeps in its tensor names; :mod:`edgekit.targets.tflite_finish` turns those into the final names.
+
+Two facts of litert-torch 0.10 shape this file: weights must come as float constants with quantize and dequantize in the graph,
+and ``quant_config`` must be given, else the result is a float graph with QUANTIZE and DEQUANTIZE around every operator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from edgekit.errors import UnsupportedError, missing_extra
+from edgekit.frozen import FrozenProgram
+from edgekit.targets import qdq
+
+__all__ = ["convert", "quiet", "trace"]
+
+_Q: Any = torch.ops.quantized_decomposed
+
+
+class _Tracer(fx.proxy.GraphAppendingTracer):
+    """Records nodes into ``graph`` under the current ``layer``; tensors become buffers of ``root``."""
+
+    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
+        super().__init__(graph)
+        self.root, self.layer, self.constants = root, "", 0
+
+    def constant(self, value: Tensor) -> fx.Proxy:
+        name = f"c{self.constants}"
+        self.constants += 1
+        self.root.register_buffer(name, value.detach().clone())
+        return self.create_proxy("get_attr", name, (), {})
+
+    def create_arg(self, a: Any) -> Any:
+        return self.constant(a).node if isinstance(a, Tensor) else super().create_arg(a)
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        proxy = super().create_proxy(*args, **kwargs)
+        proxy.node.meta["nn_module_stack"] = {"layer": ("", self.layer)}  # the converter writes "<layer>;" into its locations
+        return proxy
+
+
+@dataclass(frozen=True)
+class _TracedStyle(qdq.Style):
+    """Weights as float constants, quantized and dequantized by traced nodes; everything before that is computed now."""
+
+    tracer: _Tracer | None = None
+
+    def weight(self, weight: Tensor, scale: Tensor, bits: int) -> Any:
+        assert self.tracer is not None
+        real = self.tracer.constant(weight.float() * scale.view(-1, *[1] * (weight.dim() - 1)))
+        args = (self.tracer.constant(scale), self.tracer.constant(torch.zeros(len(weight), dtype=torch.int64)), 0, -128, 127)
+        return _Q.dequantize_per_channel(_Q.quantize_per_channel(real, *args, torch.int8), *args, torch.int8)
+
+
+def trace(program: FrozenProgram, channel_last: bool) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    """The program as a module of float operators between quantize and dequantize, and example inputs for it.
+
+    Args:
+        channel_last: four-dimensional inputs become (N, H, W, C).
+    """
+    root, graph = nn.Module(), fx.Graph()
+    tracer = _Tracer(graph, root)
+    rules = qdq.rules(_TracedStyle(integer_weights=False, tracer=tracer))
+    names = {layer.node: layer.name for layer in program.layers}
+    values: dict[fx.Node, Any] = {}
+    samples: list[Tensor] = []
+    for node in program.module.graph.nodes:
+        tracer.layer = names.get(node.name, f"~{node.name}")
+        if node.op == "placeholder":
+            sample = torch.zeros(node.meta["val"].shape, dtype=node.meta["val"].dtype)
+            values[node] = tracer.create_proxy("placeholder", node.name, (), {})
+            if channel_last and sample.dim() == 4:
+                sample = sample.permute(0, 2, 3, 1).contiguous()
+                values[node] = torch.ops.aten.permute.default(values[node], [0, 3, 1, 2])
+            samples.append(sample)
+        elif node.op == "get_attr":
+            values[node] = _attribute(program.module, str(node.target))
+        elif node.op == "output":
+            graph.output(fx.map_arg(node.args[0], lambda n: tracer.create_arg(values[n])))
+        else:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            if node.name in names:
+                values[node] = rules[node.target._schema.name.split("::")[1]](*args, **kwargs)
+            else:
+                values[node] = tracer.create_proxy(node.op, node.target, args, kwargs)
+    return fx.GraphModule(root, graph).eval(), tuple(samples)
+
+
+def _attribute(module: nn.Module, target: str) -> Any:
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def convert(program: FrozenProgram, channel_last: bool) -> bytes:
+    """The converter's .tflite bytes.
+
+    Raises:
+        UnsupportedError: the converter does not know an operator, or fails.
+    """
+    with quiet():
+        try:
+            import litert_torch
+            from litert_torch.quantize.pt2e_quantizer import PT2EQuantizer, get_symmetric_quantization_config
+            from litert_torch.quantize.quant_config import QuantConfig
+        except ImportError as error:
+            raise missing_extra("litert-torch", "tflite") from error
+        _register_pad()
+        module, samples = trace(program, channel_last)
+        # the quantizer itself never runs: this only switches the converter to integer kernels
+        switch = QuantConfig(pt2e_quantizer=PT2EQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True)))
+        shown, litert_torch.config.show_progress = litert_torch.config.show_progress, False
+        try:
+            content: bytes = litert_torch.convert(module, samples, quant_config=switch).model_content()
+        except Exception as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+            raise UnsupportedError(
+                f"{program.name} cannot become TFLite: the converter stopped with {reason[:300]!r}; "
+                "replace that operator in the model or quantize the layer it belongs to"
+            ) from error
+        finally:
+            litert_torch.config.show_progress = shown
+    return content
+
+
+def _pad_channel_last(x: Tensor, pad: list[int], value: float = 0) -> Tensor:
+    """constant_pad_nd of an NHWC tensor with NCHW's pad list (last dimension first: W, H, C, N)."""
+    full = [*pad, *[0] * (8 - len(pad))]
+    return torch.ops.aten.constant_pad_nd.default(x, [*full[4:6], *full[0:4], *full[6:8]], value)
+
+
+def _register_pad() -> None:
+    """Teach the converter's layout pass to keep pads channel-last: it has no rule of its own (litert-torch 0.10).
+
+    Without it every pad stands between two TRANSPOSEs and never merges into the convolution's SAME padding. The registry is not
+    a public interface: where it has changed, the file still computes the same and its artefact counts the TRANSPOSEs.
+    """
+    with contextlib.suppress(ImportError, AttributeError, TypeError):
+        from litert_torch._convert.fx_passes.optimize_layout_transposes_pass import layout_rewrite
+
+        pad = torch.ops.aten.constant_pad_nd.default
+        if not layout_rewrite.rewriters.get(pad):
+            layout_rewrite.rewriters.register(pad)(lambda node: setattr(node, "target", _pad_channel_last))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings, log lines or C++ messages from third-party code inside the block (file descriptor 2 goes nowhere)."""
+    level = logging.root.manager.disable
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as sink, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.ERROR)
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            logging.disable(level)

@@ -53,6 +53,7 @@ class Verify:
     max_lsb: Annotated[int, Field(ge=0)] = 1
     max_accuracy_drop: Annotated[float, Field(ge=0)] | None = 0.5
     samples: Annotated[int, Field(ge=1)] | None = None
+    layer_samples: Annotated[int, Field(ge=1)] = 4
 
 
 @dataclass(frozen=True, config=_FORBID)

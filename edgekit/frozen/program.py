@@ -214,16 +214,22 @@ class FrozenProgram:
 
     def trace(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Output of every ``edgekit::`` layer for one sample (batch of one), by layer name."""
-        return self._interpret(inputs, None)
+        return self._interpret(inputs, None)[0]
 
     def forced(self, taps: Mapping[str, Tensor], *inputs: Tensor) -> dict[str, Tensor]:
         """What each layer computes when every earlier layer's output is the TARGET's (``taps``, int8, this program's layouts).
 
         A fault then shows in its own layer only, not smeared over all later ones. Layers without a tap run free.
         """
+        return self._interpret(inputs, taps)[0]
+
+    def forced_outputs(self, taps: Mapping[str, Tensor], *inputs: Tensor) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """As :meth:`forced`, and the program's outputs that follow from the taps."""
         return self._interpret(inputs, taps)
 
-    def _interpret(self, inputs: Sequence[Tensor], taps: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    def _interpret(
+        self, inputs: Sequence[Tensor], taps: Mapping[str, Tensor] | None
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         names = {layer.node: layer.name for layer in self.layers}
         seen: dict[str, Tensor] = {}
 
@@ -237,8 +243,8 @@ class FrozenProgram:
                 return result
 
         with torch.no_grad():
-            Interpreter(self.module).run(*inputs)  # type: ignore[no-untyped-call]
-        return seen
+            result = Interpreter(self.module).run(*inputs)  # type: ignore[no-untyped-call]
+        return seen, tuple(result) if isinstance(result, tuple | list) else (result,)
 
 
 def freeze_module(

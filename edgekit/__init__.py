@@ -1,3 +1,63 @@
-"""edgekit: compress a PyTorch model and lower it, unchanged to the integer, to small devices."""
+"""edgekit: compress a PyTorch model and lower it, unchanged to the integer, to small devices.
+
+From Python::
+
+    import edgekit
+
+    outcome = edgekit.run("recipe.yaml", "runs/first")       # every stage
+    program = edgekit.load("runs/first/frozen.pt2")          # a FrozenProgram
+    print(outcome.ok, edgekit.describe(program).bytes)
+
+``edgekit.pipeline`` has every verb of the command line (compress, export, verify, report, run), ``edgekit.compress``,
+``edgekit.targets`` and ``edgekit.verify`` the parts. Importing this package imports nothing; a name is loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Data",
+    "EdgekitError",
+    "FrozenProgram",
+    "Outcome",
+    "__version__",
+    "describe",
+    "load",
+    "load_weights",
+    "run",
+    "save",
+]
+
+if TYPE_CHECKING:
+    from edgekit.data import Data
+    from edgekit.errors import EdgekitError
+    from edgekit.frozen import FrozenProgram, load, save
+    from edgekit.frozen.describe import describe
+    from edgekit.pipeline import Outcome, run
+    from edgekit.source import load_weights
+
+_HOME = {
+    "Data": "edgekit.data",
+    "EdgekitError": "edgekit.errors",
+    "FrozenProgram": "edgekit.frozen",
+    "load": "edgekit.frozen",
+    "save": "edgekit.frozen",
+    "describe": "edgekit.frozen.describe",
+    "Outcome": "edgekit.pipeline",
+    "run": "edgekit.pipeline",
+    "load_weights": "edgekit.source",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'edgekit' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

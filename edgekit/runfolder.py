@@ -99,6 +99,10 @@ def staged(folder: Path, *, keep: bool = False) -> Iterator[Path]:
             files = {name: sha256(staging / name) for name in written if name not in carried and name != MANIFEST}
             write_json(staging / MANIFEST, {"format": FORMAT, "files": files})
             _replace(staging, folder)
+    except EdgekitError as error:  # users know the run folder, not the one it is built in
+        if str(staging) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(staging), str(folder))) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if lock is not None:

@@ -1,0 +1,259 @@
+"""The command line. Exit codes: 0 fine, 1 a check failed, 2 bad input, 3 a tool or extra is missing, 70 a bug in edgekit.
+
+Commands import what they need when they run: ``edgekit --help`` imports no torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgekit import __version__, console
+from edgekit.errors import EdgekitError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="edgekit",
+    help="Compress a PyTorch model and lower it, unchanged to the integer, to ExecuTorch, TFLite and ONNX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log, show third parties' messages, and tracebacks of errors.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random, instead of the recipe's.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda: where compression runs.")]
+Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Take finished stages from the cache, or do all again.")]
+Run = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN", show_default=False)]
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe.yaml.", metavar="RECIPE", show_default=False)]
+Names = Annotated[
+    list[str] | None, typer.Option("--target", "-t", help="Only this target (repeat for more); see `edgekit targets`.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; runs/<name> if left out.")] = None,
+    seed: Seed = None,
+    device: Device = None,
+    resume: Resume = True,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Do every stage of a recipe: compress, export, verify, report."""
+    from edgekit import pipeline
+
+    _finish(json, pipeline.run, recipe, out or _default_out(recipe), seed=seed, device=device, resume=resume)
+
+
+@app.command()
+def compress(
+    recipe: RecipeFile,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; runs/<name> if left out.")] = None,
+    seed: Seed = None,
+    device: Device = None,
+    resume: Resume = True,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compress the recipe's model into a frozen program (frozen.pt2)."""
+    from edgekit import pipeline
+
+    _finish(json, pipeline.compress, recipe, out or _default_out(recipe), seed=seed, device=device, resume=resume)
+
+
+@app.command()
+def export(
+    run: Run,
+    target: Names = None,
+    io: Annotated[str | None, typer.Option("--io", help="Inputs and outputs of the file: int8 or float (tflite).")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", help="Another option of the target, key=value.")] = None,
+    resume: Resume = True,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Lower a run's frozen program to its targets, or to those named."""
+    from edgekit import pipeline
+
+    _finish(json, pipeline.export, run, _chosen(run, target, io, option), resume=resume)
+
+
+@app.command()
+def verify(run: Run, target: Names = None, seed: Seed = None, json: Json = False, verbose: Verbose = False) -> None:
+    """Prove that every file of a run computes what its frozen program computes."""
+    from edgekit import pipeline
+
+    _finish(json, pipeline.verify, run, target, seed=seed)
+
+
+@app.command()
+def report(run: Run, json: Json = False, verbose: Verbose = False) -> None:
+    """Write one page (report.html) about a verified run."""
+    from edgekit import pipeline
+
+    _finish(json, pipeline.report, run)
+
+
+@app.command()
+def describe(
+    program: Annotated[Path, typer.Argument(help="A frozen program (.pt2) or a run folder.", metavar="FILE.pt2")],
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Print the layers of a frozen program: shapes, bits, parameters, MACs, bytes."""
+    from edgekit.frozen import load
+    from edgekit.frozen.describe import describe as describe_program
+
+    found = describe_program(load(program / "frozen.pt2" if program.is_dir() else program))
+    console.print_json(found.to_json()) if json else console.print_description(found)
+
+
+@app.command()
+def targets(json: Json = False, verbose: Verbose = False) -> None:
+    """List the targets, and which of them can be used here."""
+    from edgekit.doctor import targets as installed
+
+    found = installed()
+    if json:
+        console.print_json(found)
+        return
+    rows = [[t["name"], t["suffix"], "yes" if t["missing"] is None else f"no: {t['missing']}", t["options"]] for t in found]
+    console.print_table("targets", ["target", "file", "installed", "options"], rows)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Option("--model", help="file.py:factory, package.module:factory, or a .pt2.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Factory of the data, for a sample input.")] = None,
+    shape: Annotated[str | None, typer.Option("--shape", help="Input shape with batch instead, such as 1,3,32,32.")] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Print versions, tools and extras, and what each target would do with a model."""
+    from edgekit import doctor as checks
+
+    found = checks.examine(model, data, shape)
+    if json:
+        console.print_json(found)
+    else:
+        checks.show(found)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where recipe.yaml goes.")] = Path(),
+    model: Annotated[
+        str | None, typer.Option("--model", help="file.py:factory or a .pt2; a starter is written if left out.")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help="file.py:factory that returns an edgekit.data.Data.")] = None,
+    weights: Annotated[str, typer.Option("--weights", help="int8 or int4.")] = "int8",
+    target: Names = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write a recipe that runs; asks for what is not given."""
+    from edgekit import init as starter
+
+    ask = None if yes or json or not sys.stdin.isatty() else typer.prompt
+    written = starter.write(folder, model=model, data=data, weights=weights, targets=target, ask=ask, force=force)
+    if json:
+        console.print_json({"written": [str(p) for p in written]})
+        return
+    print("wrote " + ", ".join(str(p) for p in written))
+    print(f"next: edgekit run {written[0]}")
+
+
+def main() -> None:
+    """Entry point of the ``edgekit`` command."""
+    verbose = any(a in ("-v", "--verbose") for a in sys.argv[1:])
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    else:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+    try:
+        app()
+    except EdgekitError as error:
+        if verbose:
+            import traceback
+
+            traceback.print_exc()
+        console.error(str(error))
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(0)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        console.error("this is a bug in edgekit; please report it with the lines above")
+        sys.exit(70)
+
+
+def _finish(json: bool, verb: Any, *args: Any, **kwargs: Any) -> None:
+    """Run a verb of the pipeline with progress, print its outcome, and exit with 1 if a check failed."""
+    with console.progress_bars(quiet=json) as progress:
+        outcome = verb(*args, **kwargs, progress=progress)
+    if json:
+        console.print_json(_plain(outcome))
+    else:
+        console.print_outcome(outcome)
+    if not outcome.ok:
+        raise typer.Exit(1)
+
+
+def _plain(outcome: Any) -> dict[str, Any]:
+    from edgekit.runfolder import names
+
+    return {
+        "run": str(outcome.folder),
+        "ok": outcome.ok,
+        "files": names(outcome.folder),
+        "stages": [{"name": s.name, "state": s.state, "seconds": s.seconds} for s in outcome.stages],
+        "parity": None if outcome.parity is None else outcome.parity.to_json(),
+        "warnings": list(outcome.warnings),
+    }
+
+
+def _default_out(path: Path) -> Path:
+    from edgekit import recipe
+
+    return Path("runs") / recipe.load(path).name
+
+
+def _chosen(run: Path, names: list[str] | None, io: str | None, options: list[str] | None) -> Any:
+    """Targets of the command line; None for the recipe's own."""
+    from edgekit import recipe
+    from edgekit.errors import InputError
+
+    given: dict[str, Any] = {} if io is None else {"io": io}
+    for text in options or ():
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--option {text!r}: expected key=value")
+        given[key] = {"true": True, "false": False}.get(value.lower(), value)
+    if names is None:
+        if given:
+            raise InputError("--io and --option need a --target to apply to")
+        return None
+    return [recipe.target(name, given) for name in names]

@@ -1,0 +1,137 @@
+"""What the command line prints: tables on stdout, progress and errors on stderr. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgekit.frozen.describe import Description
+    from edgekit.pipeline import Outcome, Progress
+
+__all__ = ["error", "print_description", "print_json", "print_outcome", "print_table", "progress_bars", "size", "warning"]
+
+
+def error(message: str) -> None:
+    """One red "error:" line on stderr."""
+    _print(sys.stderr, "[bold red]error:[/] ", message)
+
+
+def warning(message: str) -> None:
+    """One yellow "warning:" line on stderr."""
+    _print(sys.stderr, "[yellow]warning:[/] ", message)
+
+
+def print_json(value: Any) -> None:
+    """A JSON document on stdout, nothing else."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], total: Sequence[Any] | None = None) -> None:
+    """A table on stdout; numbers stand on the right. Wide cells fold, none is cut."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", title_style="bold", show_footer=total is not None, header_style="bold")
+    for i, column in enumerate(columns):
+        numeric = any(isinstance(row[i], int | float) for row in rows)
+        footer = "" if total is None else _cell(total[i])
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold", footer=footer)
+    for row in rows:
+        table.add_row(*(Text(_cell(value)) for value in row))
+    wide = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
+    wide.print(table)
+
+
+def print_description(found: Description) -> None:
+    """Layers, totals, and what stays float."""
+    rows = [
+        [r.layer, f"{r.op} {r.kind}".strip(), _shape(r.shape), r.weight_bits, r.activation_bits, r.parameters, r.macs, r.bytes]
+        for r in found.rows
+    ]
+    print_table(
+        f"{found.name}: input {', '.join(_shape(s) for s in found.inputs)}",
+        ["layer", "operator", "output", "w bits", "a bits", "parameters", "MACs", "bytes"],
+        rows,
+        ["total", "", "", None, None, found.parameters, found.macs, found.bytes],
+    )
+    if found.unquantized:
+        print_table("left in float", ["layer", "operator", "reason"], found.unquantized)
+
+
+def print_outcome(outcome: Outcome) -> None:
+    """Files with their sizes, and the stage table where the run was verified."""
+    for message in outcome.warnings:
+        warning(message)
+    if outcome.parity is not None:
+        columns = [outcome.parity.metric or "metric", "same class as float %", "max LSB", "mean LSB", "bytes"]
+        rows = [
+            [s.name, s.metric, s.agreement_float, s.max_lsb, s.mean_lsb, s.bytes] for s in outcome.parity.stages
+        ]  # fmt: skip
+        print_table(f"{outcome.parity.program}: {outcome.parity.samples} samples", ["stage", *columns], rows)
+        for breach in outcome.parity.breaches:
+            error(breach)
+    files = sorted(p for p in outcome.folder.iterdir() if p.name.startswith(("model.", "frozen.", "report.")))
+    for path in files:
+        _print(sys.stdout, "", f"{path}  {size(path.stat().st_size)}")
+    took = ", ".join(f"{s.name} {'cached' if s.state == 'cached' else f'{s.seconds:.1f} s'}" for s in outcome.stages)
+    _print(sys.stdout, "[dim]", took)
+    if outcome.parity is not None and outcome.ok:
+        _print(sys.stdout, "[bold green]", "every file computes what the frozen program computes")
+
+
+def size(count: int) -> str:
+    """``size(98345) == "98.3 kB"`` (1 kB is 1000 bytes)."""
+    return f"{count} B" if count < 1000 else f"{count / 1000:.1f} kB" if count < 1_000_000 else f"{count / 1e6:.2f} MB"
+
+
+@contextmanager
+def progress_bars(quiet: bool) -> Iterator[Progress | None]:
+    """A bar for each thing that runs, on stderr, gone at the end; nothing where stderr is not a terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bars:
+        known: dict[str, Any] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in known:
+                known[what] = bars.add_task(what, total=total or None)
+            bars.update(known[what], completed=done, total=total or None)
+            if total and done >= total:
+                bars.update(known[what], visible=False)
+
+        yield update
+
+
+def _shape(shape: Sequence[int]) -> str:
+    """Without the batch: "16x8x8"."""
+    return "x".join(map(str, shape[1:]))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 100 else f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _print(file: Any, style: str, message: str) -> None:
+    """One line; ``message`` is the user's text and never markup; not wrapped, so that it can be searched."""
+    from rich.console import Console
+    from rich.text import Text
+
+    prefix = Text.from_markup(style) if style.endswith("] ") else Text()
+    body = Text(message, style=style.strip("[]") if style and not style.endswith("] ") else "")
+    Console(file=file, soft_wrap=True, highlight=False).print(prefix + body)

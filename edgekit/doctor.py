@@ -1,0 +1,128 @@
+"""``edgekit doctor`` and ``edgekit targets``: what is installed, and what each target would do with a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from edgekit import cache, console, environment
+from edgekit.errors import EdgekitError, InputError
+
+__all__ = ["examine", "show", "targets"]
+
+TOOLS = {"chromium": "draws the report page in a test"}
+"""Programs that edgekit may use, and for what."""
+
+
+def targets() -> list[dict[str, Any]]:
+    """Every target: name, file suffix, extra, options, and what is missing (None: it can be used)."""
+    from edgekit.targets import TARGETS, get
+
+    found = []
+    for name in TARGETS:
+        module = get(name)
+        options = ", ".join(f"{f.name}={_default(f)}" for f in dataclasses.fields(module.Options))
+        missing = module.available()
+        remedy = None if missing is None else f"{missing}; pip install 'edgekit[{module.EXTRA}]'"
+        found.append({"name": name, "suffix": module.SUFFIX, "extra": module.EXTRA, "options": options, "missing": remedy})
+    return found
+
+
+def examine(model: str | None = None, data: str | None = None, shape: str | None = None) -> dict[str, Any]:
+    """Everything that ``doctor`` prints, as plain values.
+
+    Args:
+        model: a factory or ``.pt2``; without it only the installation is looked at.
+        data: a data factory, for a sample input; or give ``shape``, comma-separated with batch.
+
+    Raises:
+        InputError: the model cannot be loaded, or nothing says what its input looks like.
+    """
+    found: dict[str, Any] = {
+        "environment": environment.describe(),
+        "targets": targets(),
+        "tools": {name: shutil.which(name) is not None for name in TOOLS},
+        "cache": {"folder": str(cache.folder()), "bytes": _bytes(cache.folder())},
+    }
+    if model is not None:
+        found["model"] = _model(model, data, shape)
+    return found
+
+
+def show(found: dict[str, Any]) -> None:
+    """The result of :func:`examine` as tables."""
+    about = found["environment"]
+    rows = [[name, version or "not installed"] for name, version in about["packages"].items()]
+    rows = [["edgekit", about["edgekit"]], ["python", about["python"]], *rows]
+    console.print_table(f"{about['system']} {about['machine']}, {about['processor']}, {about['cores']} cores", ["", ""], rows)
+    console.print_table(
+        "targets",
+        ["target", "installed"],
+        [[t["name"], "yes" if t["missing"] is None else f"no: {t['missing']}"] for t in found["targets"]],
+    )
+    rows = [[name, there, TOOLS[name]] for name, there in found["tools"].items()]
+    console.print_table("tools", ["program", "found", "used for"], rows)
+    print(f"cache: {found['cache']['folder']}, {console.size(found['cache']['bytes'])}; it may be deleted at any time")
+    if "model" in found:
+        rows = [[r["target"], "takes it" if r["takes"] else "cannot take it", r["why"]] for r in found["model"]["targets"]]
+        console.print_table(f"model: {found['model']['parameters']:,} parameters", ["target", "", "why"], rows)
+        if found["model"]["float"]:
+            console.print_table("would stay in float", ["layer", "operator", "reason"], found["model"]["float"])
+
+
+def _model(spec: str, data: str | None, shape: str | None) -> dict[str, Any]:
+    """What each target would do with a model: it is quantized with min-max ranges of one sample, then pre-flighted."""
+    import torch
+
+    from edgekit import source
+    from edgekit.compress.ptq import quantize_model
+    from edgekit.compress.ptq.settings import PTQ
+    from edgekit.data import Data
+    from edgekit.frozen import load
+    from edgekit.targets import TARGETS, preflight
+
+    if spec.endswith(".pt2") and _is_frozen(Path(spec)):
+        program = load(Path(spec))
+    else:
+        model = source.load_model(spec)
+        if data is not None:
+            sample = source.sample_inputs(model, source.load_data(data))
+        elif shape is not None and re.fullmatch(r"\d+(,\d+)*(;\d+(,\d+)*)*", shape):
+            torch.manual_seed(0)
+            sample = tuple(torch.randn(*map(int, one.split(","))) for one in shape.split(";"))
+        else:
+            raise InputError("doctor --model needs --data file.py:factory or --shape such as 1,3,32,32 (several inputs: a;b)")
+        program = quantize_model(model, Data(sample if len(sample) > 1 else sample[0]), PTQ(observer="minmax", samples=1))
+    rows = []
+    for name in TARGETS:
+        try:
+            preflight.check_program(program, name)
+            rows.append({"target": name, "takes": True, "why": ""})
+        except EdgekitError as error:
+            rows.append({"target": name, "takes": False, "why": str(error)})
+    return {
+        "parameters": sum(layer.parameters for layer in program.layers),
+        "float": [[u.layer, u.op, u.reason] for u in program.unquantized],
+        "targets": rows,
+    }
+
+
+def _is_frozen(path: Path) -> bool:
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("extra/edgekit.json") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default is not dataclasses.MISSING else "..."
+
+
+def _bytes(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else 0

@@ -1,0 +1,93 @@
+"""The table of a frozen program's layers, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from edgekit.frozen.program import FrozenProgram, Layer
+
+__all__ = ["Description", "Row", "describe"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer.
+
+    Attributes:
+        layer: dotted name.
+        op: operator, such as "qconv2d".
+        kind: "depthwise", "grouped", or "" for everything else.
+        shape: output shape, batch of one first.
+        weight_bits, activation_bits: None where there is none.
+        parameters: number of weights and biases.
+        macs: multiply-accumulates for one sample.
+        bytes: packed weights, int32 biases, float32 scales.
+        source: "file.py:line" in the model, "" if unknown.
+    """
+
+    layer: str
+    op: str
+    kind: str
+    shape: tuple[int, ...]
+    weight_bits: int | None
+    activation_bits: int | None
+    parameters: int
+    macs: int
+    bytes: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """Rows in execution order, their totals, and what stays float as (layer, op, reason)."""
+
+    name: str
+    inputs: tuple[tuple[int, ...], ...]
+    rows: tuple[Row, ...]
+    parameters: int
+    macs: int
+    bytes: int
+    macs_by_bits: dict[str, int]
+    unquantized: tuple[tuple[str, str, str], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def describe(program: FrozenProgram) -> Description:
+    """Layers of a program with shapes, bits, parameters, multiply-accumulates, bytes, and the totals."""
+    rows = tuple(_row(layer, program.sources.get(layer.name, "")) for layer in program.layers)
+    by_bits: dict[str, int] = {}
+    for row in rows:
+        if row.macs:
+            label = f"w{row.weight_bits}a{row.activation_bits}" if row.activation_bits else f"w{row.weight_bits}"
+            by_bits[label] = by_bits.get(label, 0) + row.macs
+    return Description(
+        program.name,
+        program.input_shapes,
+        rows,
+        sum(r.parameters for r in rows),
+        sum(r.macs for r in rows),
+        sum(r.bytes for r in rows),
+        by_bits,
+        tuple((u.layer, u.op, u.reason) for u in program.unquantized),
+    )
+
+
+def _row(layer: Layer, source: str) -> Row:
+    bits = None if layer.out_scale is None else int(layer.args.get("out_bits", layer.args.get("bits", 8)))
+    return Row(
+        layer.name, layer.op, _kind(layer), layer.shape, layer.weight_bits, bits, layer.parameters, layer.macs,
+        layer.weight_bytes, source,
+    )  # fmt: skip
+
+
+def _kind(layer: Layer) -> str:
+    groups, weight = int(layer.args.get("groups", 1)), layer.args.get("weight")
+    if groups == 1 or not isinstance(weight, Tensor):
+        return ""
+    return "depthwise" if weight.shape[1] == 1 else "grouped"

@@ -1,0 +1,334 @@
+"""The stages of a recipe: load -> compress -> freeze -> lower (each target) -> verify -> report.
+
+:func:`run` does them all into one run folder; :func:`compress`, :func:`export`, :func:`verify` and :func:`report` do one each,
+the last three on the run folder of the one before. A stage's files are kept in the stage cache (:mod:`edgekit.cache`) by the hash
+of what decides them, so a killed run goes on where it was, and the same inputs give the same bytes. The run folder is replaced in
+one step when everything is made (:mod:`edgekit.runfolder`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgekit import cache, environment, recipe, runfolder, source
+from edgekit.data import Data, fingerprint
+from edgekit.errors import InputError, MissingTool
+from edgekit.files import sha256, write_json, write_whole
+from edgekit.recipe import Recipe, Target
+
+if TYPE_CHECKING:
+    from edgekit.parity import Parity
+
+__all__ = ["Outcome", "StageNote", "compress", "export", "report", "run", "verify"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what runs, done, in all); in all is 0 where it is not known."""
+
+
+@dataclass(frozen=True)
+class StageNote:
+    """What became of a stage: "made" or "cached" (taken from the stage cache), and the seconds it took."""
+
+    name: str
+    state: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a verb made: the run folder, its stages in order, the parity if it was verified, and warnings."""
+
+    folder: Path
+    stages: tuple[StageNote, ...]
+    parity: Parity | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """No check failed."""
+        return self.parity is None or self.parity.ok
+
+
+def run(recipe_path: Path, out: Path, **options: Any) -> Outcome:
+    """Every stage of a recipe into the run folder ``out``.
+
+    Args:
+        recipe_path: a ``recipe.yaml``.
+        **options: as :func:`compress`.
+
+    Raises:
+        EdgekitError: any of them; ``out`` is then as it was before. A failed check is no error: see :attr:`Outcome.ok`.
+    """
+    return _make(recipe_path, out, whole=True, **options)
+
+
+def compress(recipe_path: Path, out: Path, **options: Any) -> Outcome:
+    """The stages load, compress and freeze into ``out``: ``frozen.pt2``, and what later verbs need.
+
+    Args:
+        **options: ``seed`` (int) and ``device`` ("cpu", "cuda") replace the recipe's; ``resume`` (True): take finished stages
+            from the cache; ``progress``: see :data:`Progress`.
+    """
+    return _make(recipe_path, out, whole=False, **options)
+
+
+def export(
+    folder: Path, targets: Sequence[Target] | None = None, *, resume: bool = True, progress: Progress | None = None
+) -> Outcome:
+    """Lower the frozen program of a run folder.
+
+    Args:
+        targets: these replace, or are added to, the recipe's in the folder; None: the recipe's.
+
+    Raises:
+        FormatError: not a run folder, or its frozen program was altered.
+        MissingTool, UnsupportedError, ParityError: from the target; the folder is then as it was before.
+    """
+    runfolder.open_run(folder, "frozen.pt2", "recipe.yaml")
+    settings = recipe.load(Path(folder) / "recipe.yaml", files=False)
+    chosen = tuple(targets or settings.targets)
+    if not chosen:
+        raise InputError(f"{folder}: its recipe has no targets; name one with --target")
+    _require(chosen)
+    known = {t.name: t for t in (*settings.targets, *chosen)}
+    with runfolder.staged(folder, keep=True) as work:
+        stages = _Stages(work, resume, progress)
+        for target in chosen:
+            _lower(stages, target)
+        for stale in ("parity.json", "report.html"):
+            (work / stale).unlink(missing_ok=True)
+        write_whole(work / "recipe.yaml", recipe.dump(recipe.replace(settings, targets=tuple(known.values())), Path(folder)))
+    return stages.outcome(folder)
+
+
+def verify(
+    folder: Path, targets: Sequence[str] | None = None, *, seed: int | None = None, progress: Progress | None = None
+) -> Outcome:
+    """Check every file of a run folder against its frozen program, and write ``parity.json``; a breach is no error, see ``ok``.
+
+    A file that was altered since it was written is checked all the same, so that the layer is named.
+    """
+    runfolder.open_run(folder, "frozen.pt2", "recipe.yaml")
+    warnings = [f"{name} was altered after it was written" for name in runfolder.altered(folder)]
+    settings = recipe.load(Path(folder) / "recipe.yaml", files=False)
+    data: Data | None = None
+    try:
+        data = source.load_data(settings.data, settings.seed if seed is None else seed)
+    except InputError as error:
+        warnings.append(f"the recipe's data cannot be loaded ({error}); verified on the samples stored in the run")
+    with runfolder.staged(folder, keep=True) as work:
+        stages = _Stages(work, False, progress)
+        (work / "report.html").unlink(missing_ok=True)
+        with stages.timed("verify"):
+            parity = _verify(stages, settings, data, targets)
+    return replace(stages.outcome(folder), parity=parity, warnings=(*warnings, *stages.warnings))
+
+
+def report(folder: Path, *, progress: Progress | None = None) -> Outcome:
+    """Write ``report.html`` of a run folder that was verified."""
+    runfolder.open_run(folder, "frozen.pt2", "parity.json")
+    with runfolder.staged(folder, keep=True) as work:
+        stages = _Stages(work, False, progress)
+        _report(stages)
+    return stages.outcome(folder)
+
+
+def _make(
+    recipe_path: Path, out: Path, *, whole: bool, seed: int | None = None, device: str | None = None, resume: bool = True,
+    progress: Progress | None = None,
+) -> Outcome:  # fmt: skip
+    settings = recipe.replace(recipe.load(Path(recipe_path)), seed=seed, device=device)
+    if whole:
+        _require(settings.targets)
+    parity = None
+    with runfolder.staged(out) as work:
+        stages = _Stages(work, resume, progress)
+        with stages.timed("load"):
+            loaded = _load(settings)
+        _compress(stages, settings, loaded)
+        write_whole(work / "recipe.yaml", recipe.dump(settings, Path(out)))
+        write_json(work / "env.json", environment.describe())
+        if whole:
+            for target in settings.targets:
+                _lower(stages, target)
+            if settings.targets:
+                parity = _verified(stages, settings, loaded)
+                _report(stages)
+    return replace(stages.outcome(out), parity=parity)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What the recipe names, in memory, and the hashes that stand for it in keys."""
+
+    model: nn.Module
+    data: Data
+    sample: tuple[Tensor, ...]
+    seed: int
+    text: str
+
+    @cached_property
+    def keys(self) -> dict[str, Any]:
+        return {
+            "model": source.model_fingerprint(self.model, self.sample),
+            "text": self.text,
+            "data": fingerprint(self.data, self.seed),
+            "threads": torch.get_num_threads(),
+        }
+
+
+class _Stages:
+    """Runs stages in a folder, through the cache, and notes what became of each."""
+
+    def __init__(self, folder: Path, resume: bool, progress: Progress | None) -> None:
+        self.folder, self.resume = folder, resume
+        self.notes: list[StageNote] = []
+        self.warnings: list[str] = []
+        self._progress = progress
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        if self._progress:
+            self._progress(what, done, total)
+
+    def timed(self, name: str) -> _Timer:
+        return _Timer(self, name)
+
+    def cached(self, name: str, inputs: dict[str, Any], make: Callable[[], Sequence[str]]) -> None:
+        """Take the stage's files from the cache, or ``make`` them in the folder (it returns their names) and store them."""
+        with self.timed(name) as timer:
+            entry = cache.key(name, inputs)
+            if self.resume and cache.take(entry, self.folder) is not None:
+                timer.state = "cached"
+                return
+            made = make()
+            try:
+                cache.put(entry, self.folder, made)
+            except InputError as error:
+                self.warnings.append(f"{error}; {name} would have to run again after an interruption")
+
+    def outcome(self, folder: Path) -> Outcome:
+        return Outcome(Path(folder), tuple(self.notes), warnings=tuple(dict.fromkeys(self.warnings)))
+
+
+class _Timer:
+    """Notes a stage when it ends without an error."""
+
+    def __init__(self, stages: _Stages, name: str) -> None:
+        self.stages, self.name, self.state = stages, name, "made"
+
+    def __enter__(self) -> _Timer:
+        self.start = time.perf_counter()
+        self.stages.progress(self.name, 0, 0)
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        if kind is None:
+            self.stages.notes.append(StageNote(self.name, self.state, round(time.perf_counter() - self.start, 3)))
+            self.stages.progress(self.name, 1, 1)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _require(targets: Sequence[Target]) -> None:
+    """Fail before any work if a target's packages are missing."""
+    from edgekit.targets import get
+
+    for target in targets:
+        module = get(target.name)
+        if missing := module.available():
+            raise MissingTool(f"target {target.name}: {missing}; run: pip install 'edgekit[{module.EXTRA}]'")
+
+
+def _load(settings: Recipe) -> _Loaded:
+    _seed(settings.seed)
+    model = source.load_model(settings.model, settings.seed)
+    data = source.load_data(settings.data, settings.seed)
+    file = Path(settings.model.rpartition(":")[0])
+    text = hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" else ""
+    return _Loaded(model, data, source.sample_inputs(model, data), settings.seed, text)
+
+
+def _compress(stages: _Stages, settings: Recipe, loaded: _Loaded) -> None:
+    """``stage_float.npz``, ``frozen.pt2`` and ``compress.json``."""
+    from edgekit import stages as outputs
+
+    def evaluate() -> list[str]:
+        evaluation = outputs.evaluation_set(loaded.data, len(loaded.sample))
+        progress = lambda done, total: stages.progress("float model", done, total)  # noqa: E731
+        outputs.save_stage(stages.folder, outputs.evaluate_stage("float", loaded.model, evaluation, progress=progress))
+        return ["stage_float.npz"]
+
+    def quantize() -> list[str]:
+        from edgekit.compress import apply
+        from edgekit.frozen import save
+
+        _seed(settings.seed)
+        made = apply(loaded.model, settings.compress, loaded.data, name=settings.name, progress=stages.progress)
+        save(made.program, stages.folder / "frozen.pt2")
+        write_json(stages.folder / "compress.json", made.record)
+        return ["frozen.pt2", "compress.json"]
+
+    stages.cached("float", loaded.keys, evaluate)
+    blocks = [[b.kind, asdict(b.settings)] for b in settings.compress]
+    stages.cached("compress", {**loaded.keys, "blocks": blocks, "name": settings.name, "seed": settings.seed}, quantize)
+
+
+def _lower(stages: _Stages, target: Target) -> None:
+    """``model.<suffix>`` and ``export_<target>.json``."""
+    from edgekit.targets import get
+
+    module, frozen = get(target.name), stages.folder / "frozen.pt2"
+    path, facts = stages.folder / f"model{module.SUFFIX}", f"export_{target.name}.json"
+
+    def make() -> list[str]:
+        from edgekit.frozen import load
+
+        _seed(0)
+        artifact = module.lower(load(frozen), path, module.Options(**target.options))
+        write_json(stages.folder / facts, {"options": target.options, **artifact.to_json()})
+        return [path.name, facts]
+
+    inputs = {"frozen": sha256(frozen), "options": asdict(module.Options(**target.options))}
+    stages.cached(f"lower {target.name}", inputs, make)
+
+
+def _verified(stages: _Stages, settings: Recipe, loaded: _Loaded) -> Parity:
+    """The verify stage of a whole run, through the cache."""
+    from edgekit.parity import Parity
+
+    files = {p.name: sha256(p) for p in sorted(stages.folder.iterdir()) if p.name.startswith(("frozen.", "model.", "stage_"))}
+
+    def make() -> list[str]:
+        _verify(stages, settings, loaded.data, None)
+        return ["parity.json"]
+
+    stages.cached("verify", {"files": files, "settings": asdict(settings.verify), "data": loaded.keys["data"]}, make)
+    return Parity.load(stages.folder / "parity.json")
+
+
+def _verify(stages: _Stages, settings: Recipe, data: Data | None, targets: Sequence[str] | None) -> Parity:
+    from edgekit.verify import verify_run
+
+    return verify_run(stages.folder, data, settings.verify, stages.progress, targets)
+
+
+def _report(stages: _Stages) -> None:
+    from edgekit.report import write_report
+
+    with stages.timed("report"):
+        write_report(stages.folder)

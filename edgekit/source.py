@@ -221,11 +221,19 @@ def _call(factory: Callable[..., Any], spec: str, seed: int, kind: type[EdgekitE
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """The user's folder can be imported from meanwhile, as if the file were run."""
+    """The user's folder can be imported from meanwhile, as if the file were run; its modules are forgotten afterwards.
+
+    Else ``from data import ...`` of one folder would find the ``data`` of another that was used before.
+    """
+    before = set(sys.modules)
     sys.path.insert(0, str(folder))
     try:
         yield
     finally:
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and Path(file).parent == folder and not name.startswith("edgekit_user_"):
+                del sys.modules[name]
         if str(folder) in sys.path:
             sys.path.remove(str(folder))
 

@@ -17,6 +17,7 @@ Run folder: reads ``frozen.pt2``, ``model.{pte,tflite,onnx}`` and, where there, 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -144,7 +145,7 @@ def verify_artifact(
         tap_lsb=tap_lsb,
         breaches=tuple(breaches),
         notes=tuple(artifact.notes),
-        artifact=artifact.to_json(),
+        artifact=json.loads(json.dumps(artifact.to_json())),  # as it reads back: lists, not tuples
     )
 
 

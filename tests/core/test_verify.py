@@ -228,7 +228,7 @@ def test_what_is_missing_is_said(tmp_path: Path, program: FrozenProgram, monkeyp
     (folder / "model.fake").unlink()
     with pytest.raises(InputError, match="no model file to verify"):
         verify.verify_run(folder, Data(images(2)))
-    with pytest.raises(InputError, match="no model.fake"):
+    with pytest.raises(InputError, match=r"no model\.fake"):
         verify.verify_run(folder, Data(images(2)), targets=["fake"])
     (folder / "model.fake").write_bytes(b"")
     monkeypatch.setattr(FakeTarget, "available", lambda self: "fakelib")
@@ -267,5 +267,5 @@ def test_a_damaged_parity_file(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="damaged"):
         Parity.load(path)
     path.write_text('{"format": 99}')
-    with pytest.raises(FormatError, match="newer|99"):
+    with pytest.raises(FormatError, match=r"newer|99"):
         Parity.load(path)

@@ -1,0 +1,318 @@
+"""One self-contained HTML page of a run folder: no script, no network, every value escaped, every number labelled.
+
+"measured" means taken from running a file or from the file itself; "modelled" means counted from shapes and integers. The page is
+drawn by ``report.html.jinja`` (inline CSS, bars as inline SVG) and is the same for the same run folder. What is absent from the
+folder is named on the page.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from edgekit.errors import FormatError
+from edgekit.files import sha256, write_whole
+from edgekit.frozen import FrozenProgram, load
+from edgekit.metrics import HUGE
+from edgekit.parity import ArtifactParity, Parity, Stage
+
+__all__ = ["render", "write_report"]
+
+_RUNS = ("delegated", "int8", "float")
+_STAGE_COLUMNS = (
+    # field, heading, how, what it is
+    ("metric", "", "measured", "task metric on the evaluation samples"),
+    ("agreement_float", "top-1 = float", "measured", "samples on which the float model chooses the same class"),
+    ("agreement_frozen", "top-1 = frozen", "measured", "samples on which the frozen program chooses the same class"),
+    ("max_lsb", "max LSB", "measured", "largest difference from the frozen program, in steps of the output's scale"),
+    ("mean_lsb", "mean LSB", "measured", "mean difference from the frozen program, in steps of the output's scale"),
+    ("sqnr_float_db", "SQNR to float", "measured", "the float output's power over that of the difference from it"),
+    ("sqnr_frozen_db", "SQNR to frozen", "measured", "the frozen output's power over that of the difference from it"),
+    ("bytes", "size", "", "a file's size on disk (measured); weights, biases and scales counted (modelled)"),
+    ("macs", "MACs", "modelled", "multiply-accumulates for one sample, counted from shapes"),
+)
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` into a run folder that holds ``frozen.pt2`` and ``parity.json``; returns its path.
+
+    Raises:
+        FormatError: one of the two is missing or damaged.
+    """
+    path = Path(folder) / "report.html"
+    write_whole(path, render(Path(folder)))
+    return path
+
+
+def render(folder: Path) -> str:
+    """The page as text."""
+    from jinja2 import Environment, StrictUndefined
+
+    program, parity = load(folder / "frozen.pt2"), Parity.load(folder / "parity.json")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(size=_size, count=_count, fixed=_fixed)
+    template = environment.from_string(files("edgekit").joinpath("report.html.jinja").read_text(encoding="utf-8"))
+    recipe = folder / "recipe.yaml"
+    return template.render(
+        parity=parity,
+        unit=" %" if parity.metric == "accuracy" else "",
+        tiles=_tiles(parity, program),
+        columns=_columns(parity),
+        stages=[_stage(s, parity) for s in parity.stages],
+        charts=_charts(parity),
+        coverage=[_coverage(a) for a in parity.artifacts],
+        runs=_RUNS,
+        artifacts=parity.artifacts,
+        layers=_layers(program, parity),
+        totals=_totals(program),
+        passes=_passes(_json(folder / "compress.json")),
+        recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
+        unquantized=[(u.layer, u.op, u.reason, program.sources.get(u.layer, "")) for u in program.unquantized],
+        environment=_flat(_json(folder / "env.json")),
+        hashes=_hashes(folder),
+    )
+
+
+def _tiles(parity: Parity, program: FrozenProgram) -> list[dict[str, str]]:
+    """The numbers that stand at the top."""
+    tiles = []
+    by_name = {s.name: s for s in parity.stages}
+    files_ = [a.stage for a in parity.artifacts]
+    source = by_name.get("float")
+    scored = [s.metric for s in files_ if s.metric is not None]
+    if scored:
+        shown = _range([_fixed(v, 2) for v in (min(scored), max(scored))]) + (" %" if parity.metric == "accuracy" else "")
+        note = f"float {_fixed(source.metric, 2)}, {parity.samples} samples" if source and source.metric is not None else ""
+        tiles.append({"label": f"{parity.metric} of the files", "value": shown, "note": note, "how": "measured"})
+    sizes = [s.bytes for s in files_ if s.bytes is not None]
+    if sizes:
+        ratio = f"{source.bytes / min(sizes):.1f}× smaller than the float weights" if source and source.bytes else ""
+        tiles.append({"label": "smallest file", "value": _size(min(sizes)), "note": ratio, "how": "measured"})
+    checked = [layer for a in parity.artifacts for layer in a.layers]
+    within = sum(layer.within for layer in checked)
+    note = f"largest difference {_lsb(max((x.max_lsb for x in checked), default=0.0))} LSB, {parity.settings['max_lsb']} allowed"
+    tiles.append({"label": "layers within tolerance", "value": f"{within} / {len(checked)}", "note": note, "how": "measured"})
+    shares = [1.0 - _coverage(a)["shares"]["float"] for a in parity.artifacts]
+    if shares:
+        value = _range([_fixed(100 * v, 1) for v in (min(shares), max(shares))]) + " %"
+        note = f"of {_count(sum(x.macs for x in program.layers))} MACs"
+        tiles.append({"label": "MACs in integers", "value": value, "note": note, "how": "modelled"})
+    return tiles
+
+
+def _range(ends: Sequence[str]) -> str:
+    return ends[0] if ends[0] == ends[1] else f"{ends[0]}–{ends[1]}"
+
+
+def _columns(parity: Parity) -> list[dict[str, str]]:
+    """Columns of the stage table that any stage has a value for."""
+    found = []
+    for field, heading, how, meaning in _STAGE_COLUMNS:
+        if any(_value(s, field) is not None for s in parity.stages):
+            found.append({"field": field, "heading": heading or parity.metric or field, "how": how, "meaning": meaning})
+    return found
+
+
+def _value(stage: Stage, field: str) -> float | None:
+    value = getattr(stage, field)
+    if value is None and field == "sqnr_float_db" and stage.exact_float and stage.name != "float":
+        return HUGE
+    if value is None and field == "sqnr_frozen_db" and stage.exact_frozen and stage.name != "frozen":
+        return HUGE
+    return None if value is None else float(value)
+
+
+def _stage(stage: Stage, parity: Parity) -> dict[str, Any]:
+    """A row: text of each field, and whether its bytes are measured."""
+    own = {"float": ("agreement_float",), "frozen": ("agreement_frozen", "max_lsb", "mean_lsb")}.get(stage.name, ())
+    text = {field: "" if field in own else _text(field, _value(stage, field), parity) for field, *_ in _STAGE_COLUMNS}
+    return {"name": stage.name, "text": text, "bytes_how": "measured" if stage.bytes_measured else "modelled"}
+
+
+def _text(field: str, value: float | None, parity: Parity) -> str:
+    if value is None:
+        return "–"
+    if field == "metric":
+        return _fixed(value, 2) + (" %" if parity.metric == "accuracy" else "")
+    if field.startswith("agreement"):
+        return _fixed(value, 2) + " %"
+    if field.startswith("sqnr"):
+        return "exact" if value == HUGE else f"{_fixed(value, 1)} dB"
+    if field == "bytes":
+        return _size(value)
+    if field == "macs":
+        return _count(value)
+    return _lsb(value)
+
+
+def _charts(parity: Parity) -> list[dict[str, Any]]:
+    """One bar a stage: task metric, bytes, MACs; each from zero."""
+    wanted = [("bytes", "Size"), ("macs", "Multiply-accumulates for one sample")]
+    if parity.metric == "accuracy":
+        wanted.insert(0, ("metric", "Accuracy"))
+    charts = []
+    for field, title in wanted:
+        rows = [(s, _value(s, field)) for s in parity.stages]
+        largest = 100.0 if field == "metric" else max((v for _, v in rows if v is not None), default=0.0)
+        if largest <= 0:
+            continue
+        bars = [
+            {
+                "label": s.name,
+                "share": max(0.0, v / largest),
+                "text": _text(field, v, parity),
+                "modelled": field == "macs" or (field == "bytes" and not s.bytes_measured),
+            }
+            for s, v in rows
+            if v is not None
+        ]
+        charts.append({"title": title, "field": field, "bars": bars})
+    return charts
+
+
+def _coverage(artifact: ArtifactParity) -> dict[str, Any]:
+    """Shares of the MACs by how they run, and the file's operators."""
+    rows: list[Mapping[str, Any]] = list(artifact.artifact.get("coverage", []))
+    total = sum(r["macs"] for r in rows)
+    shares = {run: sum(r["macs"] for r in rows if r["runs"] == run) / total if total else 0.0 for run in _RUNS}
+    counts = {run: sum(r["runs"] == run for r in rows) for run in _RUNS}
+    return {"target": artifact.target, "rows": rows, "shares": shares, "counts": counts}
+
+
+def _layers(program: FrozenProgram, parity: Parity) -> list[dict[str, Any]]:
+    """One row a frozen layer: what it is, and what became of it in each file."""
+    parities = [{x.layer: x for x in a.layers} for a in parity.artifacts]
+    stored = [{r["layer"]: r for r in a.artifact.get("coverage", [])} for a in parity.artifacts]
+    broken = [{m.split(":", 1)[0].removeprefix("layer ") for m in a.mismatches} for a in parity.artifacts]
+    largest = max((x.share for p in parities for x in p.values()), default=0.0) or 1.0
+    rows = []
+    for layer in program.layers:
+        cells = []
+        for a, checked, files_, wrong in zip(parity.artifacts, parities, stored, broken, strict=True):
+            found, kept = checked.get(layer.name), files_.get(layer.name, {})
+            cells.append(
+                {
+                    "target": a.target,
+                    "lsb": "" if found is None else _lsb(found.max_lsb),
+                    "share": 0.0 if found is None else found.share,
+                    "bar": 0.0 if found is None else found.share / largest,
+                    "ok": (found is None or found.within) and layer.name not in wrong,
+                    "first": a.first_diverging == layer.name,
+                    "wrong": layer.name in wrong,
+                    "storage": kept.get("storage", ""),
+                    "runs": kept.get("runs", ""),
+                }
+            )
+        rows.append(
+            {
+                "name": layer.name,
+                "op": layer.op,
+                "shape": "×".join(map(str, layer.shape)),
+                "bits": layer.weight_bits,
+                "parameters": layer.parameters,
+                "macs": layer.macs,
+                "bytes": layer.weight_bytes,
+                "cells": cells,
+            }
+        )
+    return rows
+
+
+def _totals(program: FrozenProgram) -> dict[str, int]:
+    return {
+        "parameters": sum(x.parameters for x in program.layers),
+        "macs": sum(x.macs for x in program.layers),
+        "bytes": sum(x.weight_bytes for x in program.layers),
+    }
+
+
+def _passes(record: Any) -> list[dict[str, Any]]:
+    """The compression record as facts and tables, whatever its passes noted: lists of mappings become tables."""
+    if isinstance(record, Mapping):
+        record = record.get("passes", [record])
+    passes = []
+    for number, entry in enumerate(record or [], 1):
+        entry = dict(entry) if isinstance(entry, Mapping) else {"note": entry}
+        title = next((str(entry.pop(k)) for k in ("name", "kind", "pass") if k in entry), f"pass {number}")
+        tables, facts, notes = [], [], [str(n) for n in entry.pop("notes", []) or []]
+        for key, value in entry.items():
+            rows = _rows(value)
+            if rows:
+                heads = list(dict.fromkeys(k for row in rows for k in row))
+                tables.append({"title": key, "heads": heads, "rows": [[_plain(row.get(h, "")) for h in heads] for row in rows]})
+            else:
+                facts += _flat({key: value})
+        passes.append({"title": title, "facts": facts, "tables": tables, "notes": notes})
+    return passes
+
+
+def _rows(value: Any) -> list[Mapping[str, Any]]:
+    """A list of mappings, or a mapping of names to mappings, as table rows; else nothing."""
+    if isinstance(value, Mapping) and value and all(isinstance(v, Mapping) for v in value.values()):
+        return [{"layer": k, **v} for k, v in value.items()]
+    if isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
+        return value
+    return []
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested mappings as (dotted name, text) pairs."""
+    if isinstance(value, Mapping):
+        return [pair for k, v in value.items() for pair in _flat(v, f"{prefix}.{k}" if prefix else str(k))]
+    return [] if value is None and not prefix else [(prefix, _plain(value))]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value)) or "–"
+    return str(value)
+
+
+def _json(path: Path) -> Any:
+    """A JSON file of the folder, None if it is not there."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{path}: damaged ({error}); make the run again") from error
+
+
+def _hashes(folder: Path) -> list[tuple[str, int, str]]:
+    """Name, bytes and SHA-256 of the folder's files, but the page itself and the manifest, which come later."""
+    skipped = {"report.html", "manifest.json"}
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in skipped and not p.name.startswith("."))
+    return [(p.relative_to(folder).as_posix(), p.stat().st_size, sha256(p)) for p in found]
+
+
+def _fixed(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _lsb(value: float) -> str:
+    return "not a number" if value >= HUGE else f"{value:.0f}" if value == round(value) else f"{value:.3g}"
+
+
+def _size(value: float) -> str:
+    """``_size(95168) == "95.2 kB"`` (1 kB = 1000 bytes)."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= factor:
+            return f"{value / factor:.1f} {unit}"
+    return f"{value:.0f} B"
+
+
+def _count(value: float) -> str:
+    """``_count(12345678) == "12.35 M"``."""
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= factor:
+            return f"{value / factor:.2f} {unit}"
+    return f"{value:.0f}"

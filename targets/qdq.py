@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 
 from edgekit.frozen import FrozenProgram
 from edgekit.frozen.ops import LUT_FUNCTIONS, OPS, integer_range
+from edgekit.targets.fold import fold_constants
 
 __all__ = ["Style", "rules", "to_qdq"]
 
@@ -71,14 +72,11 @@ def to_qdq(program: FrozenProgram, style: Style, aten_rules: Mapping[Any, Callab
     Args:
         aten_rules: further decompositions of plain ATen operators that the target needs, by overload.
     """
-    from executorch.exir.operator.util import _QUANT_PRIMITIVES
-    from executorch.exir.passes.constant_prop_pass import constant_prop_pass
-
     table = {getattr(OPS, name).default: rule for name, rule in rules(style).items()}
     lowered = program.exported.run_decompositions({**table, **(aten_rules or {})})
     # without this list the weights' dequantize is folded too and the target silently gets FLOAT weights
     kept = {getattr(_Q, f"{verb}_per_{kind}").default for verb in ("quantize", "dequantize") for kind in ("tensor", "channel")}
-    return constant_prop_pass(lowered, custom_skip_targets=set(_QUANT_PRIMITIVES) | kept)
+    return fold_constants(lowered, kept)
 
 
 def rules(style: Style) -> dict[str, Callable[..., Tensor]]:

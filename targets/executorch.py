@@ -1,0 +1,293 @@
+"""ExecuTorch: a frozen program becomes a ``.pte`` file for XNNPACK (or for the portable kernels), and is read back, run and tapped.
+
+Lowering never computes a scale: the program's integers go into a quantize/dequantize graph (:mod:`edgekit.targets.qdq`) in the
+forms that XNNPACK takes (:mod:`edgekit.targets.executorch_rules`). What the file then holds is read from its bytes
+(:mod:`edgekit.targets.pte_file`) and held against the program layer by layer (:mod:`edgekit.targets.pte_compare`).
+
+Limits: activations of 8 bits; 4-bit weights are packed for linear layers only, 4-bit and 2-bit convolutions are stored as int8;
+with ``backend="portable"`` weights are stored as int8 and every layer computes in float.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from edgekit.artifact import Artifact, Mismatch, TensorSpec
+from edgekit.errors import FormatError, InputError, ParityError, UnsupportedError, missing_extra
+from edgekit.files import write_whole
+from edgekit.frozen import FrozenProgram
+from edgekit.targets.executorch_rules import ATEN_RULES, portable_style, xnnpack_style
+from edgekit.targets.pte_file import PteFile, read_pte
+from edgekit.targets.pte_layers import place
+from edgekit.targets.pte_compare import compare, coverage, io_quantization
+from edgekit.targets.pte_taps import tapped
+from edgekit.targets.qdq import to_qdq
+
+__all__ = ["EXTRA", "SUFFIX", "Options", "available", "inspect", "lower", "readback", "run", "taps"]
+
+SUFFIX = ".pte"
+EXTRA = "executorch"
+
+Backend = Literal["xnnpack", "portable"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to lower.
+
+    Attributes:
+        backend: "xnnpack" (optimized integer kernels) or "portable" (ExecuTorch's reference kernels, slow, everywhere).
+    """
+
+    backend: Backend = "xnnpack"
+
+    def __post_init__(self) -> None:
+        if self.backend not in get_args(Backend):
+            raise InputError(f"executorch backend {self.backend!r}: choose one of: {', '.join(get_args(Backend))}")
+
+
+def available() -> str | None:
+    """None if files can be made and run here, else what is missing."""
+    if importlib.util.find_spec("executorch") is None:
+        return "executorch is not installed; run: pip install 'edgekit[executorch]'"
+    return None
+
+
+def lower(program: FrozenProgram, path: Path, options: Options | None = None) -> Artifact:
+    """Write ``path`` and prove from its bytes that it holds the program's integers.
+
+    Raises:
+        UnsupportedError: a layer cannot be lowered; named before or by the converter.
+        ParityError: the file does not hold what the program says.
+        MissingTool: executorch is not installed.
+    """
+    _require()
+    options = options or Options()
+    _check_layers(program)
+    write_whole(path, _convert(program, options))
+    file = read_pte(path)
+    placement = place(file, program)
+    if mismatches := compare(file, program, placement):
+        more = f" (and {len(mismatches) - 1} more)" if len(mismatches) > 1 else ""
+        raise ParityError(f"{path}: {mismatches[0]}{more}")
+    return _artifact(path, file, coverage(file, program, placement))
+
+
+def inspect(path: Path, program: FrozenProgram) -> Artifact:
+    """Facts read from the file: interfaces, how each layer runs and is stored, planned memory.
+
+    Raises:
+        FormatError: the file is damaged or not an ExecuTorch program.
+    """
+    file = read_pte(path)
+    return _artifact(path, file, coverage(file, program, place(file, program)))
+
+
+def readback(path: Path, program: FrozenProgram) -> list[Mismatch]:
+    """Every integer weight, scale, zero point, bias and geometry of the file that differs from the program; empty if none.
+
+    Raises:
+        FormatError: the file is damaged or not an ExecuTorch program.
+    """
+    file = read_pte(path)
+    return compare(file, program, place(file, program))
+
+
+def run(
+    path: Path, inputs: Sequence[np.ndarray], threads: int = 1, progress: Callable[[int, int], None] | None = None
+) -> list[np.ndarray]:
+    """Run the file on the host, one sample at a time.
+
+    Args:
+        inputs: for each program input an array (N, ...), float; quantized here where the file takes integers.
+        threads: of XNNPACK's pool.
+        progress: called with (samples done, N).
+
+    Returns:
+        For each output a float32 array (N, ...).
+
+    Raises:
+        FormatError: the runtime refuses the file.
+        InputError: an input's number or shape does not fit the file.
+    """
+    file = read_pte(path)
+    quantization = io_quantization(file)
+    prepared = [_encode(path, file, n, x, quantization) for n, x in zip(file.inputs, _counted(path, file, inputs), strict=True)]
+    outputs = _execute(Path(path).read_bytes(), str(path), prepared, threads, progress)
+    return [_decode(y, quantization.get(n)) for n, y in zip(file.outputs, outputs, strict=True)]
+
+
+def taps(path: Path, program: FrozenProgram, sample: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Each layer's int8 output as this file computes it, in the program's layout (batch of one), by layer name.
+
+    The file itself is run, with the tensors in question made outputs of a copy of it in memory; so an altered weight, scale or
+    zero point in the file shows. Layers whose output never exists as int8 are left out.
+    """
+    file = read_pte(path)
+    quantization = io_quantization(file)
+    copy, layouts = tapped(file, program, place(file, program))
+    prepared = [
+        _encode(path, file, n, np.asarray(x)[:1], quantization) for n, x in zip(file.inputs, _counted(path, file, sample), strict=True)
+    ]
+    outputs = _execute(copy, str(path), prepared, 1, None)[len(file.outputs) :]
+    found: dict[str, np.ndarray] = {}
+    for (name, order, shape), value in zip(layouts, outputs, strict=True):
+        found[name] = np.ascontiguousarray(value[0].transpose(order)).reshape(shape).astype(np.int8)
+    return found
+
+
+def _require() -> None:
+    if available() is not None:
+        raise missing_extra("executorch", EXTRA)
+
+
+def _check_layers(program: FrozenProgram) -> None:
+    """Refuse what XNNPACK and the portable kernels have no integers for, before any conversion."""
+    for layer in program.layers:
+        bits = max(int(layer.args.get(k, 8)) for k in ("bits", "out_bits"))
+        if bits > 8:
+            source = program.sources.get(layer.name)
+            raise UnsupportedError(
+                f"layer {layer.name}{f' ({source})' if source else ''}: {bits}-bit activations cannot be lowered to ExecuTorch; "
+                "use activations: int8, or another target"
+            )
+
+
+def _convert(program: FrozenProgram, options: Options) -> bytes:
+    with _quiet():
+        from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+
+        if options.backend == "portable":
+            import executorch.kernels.quantized  # noqa: F401  quantize and dequantize kernels
+
+            style, partitioners, rules = portable_style(), [], None
+        else:
+            style, partitioners, rules = xnnpack_style(), [_xnnpack_partitioner()], ATEN_RULES
+        try:
+            edge = to_edge_transform_and_lower(to_qdq(program, style, rules), partitioner=partitioners)
+            return bytes(edge.to_executorch(ExecutorchBackendConfig()).buffer)
+        except Exception as error:
+            cause = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UnsupportedError(
+                f"program {program.name}: ExecuTorch's converter refuses it ({cause[:300]}); keep the operator out of the model or "
+                "use another target"
+            ) from error
+
+
+def _xnnpack_partitioner() -> Any:
+    """XNNPACK's partitioner, which by itself pads integers in float; its runtime pads them as integers."""
+    from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+    from executorch.backends.xnnpack.partition.config.generic_node_configs import ConstantPadConfig
+    from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    class IntegerPad(ConstantPadConfig):  # type: ignore[misc]
+        def supported_precision_types(self) -> list[Any]:
+            return [ConfigPrecisionType.FP32, ConfigPrecisionType.STATIC_QUANT]
+
+    return XnnpackPartitioner(configs=[IntegerPad if c is ConstantPadConfig else c for c in ALL_PARTITIONER_CONFIGS])
+
+
+def _artifact(path: Path, file: PteFile, rows: tuple[Any, ...]) -> Artifact:
+    quantization = io_quantization(file)
+
+    def specs(kind: str, numbers: Sequence[int]) -> tuple[TensorSpec, ...]:
+        found = []
+        for i, n in enumerate(numbers):
+            scale, zero_point = quantization.get(n, (None, None))
+            found.append(TensorSpec(f"{kind}_{i}", file.tensors[n].shape, file.tensors[n].dtype, scale, zero_point))
+        return tuple(found)
+
+    notes = tuple(f"{r.layer}: {r.note}" for r in rows if r.note)
+    memory = {"arena_bytes": sum(file.arena), "note": "planned by ExecuTorch; XNNPACK's own workspace comes on top"}
+    return Artifact(
+        Path(path), "executorch", specs("input", file.inputs), specs("output", file.outputs), rows, file.size, notes, memory
+    )
+
+
+def _counted(path: Path, file: PteFile, inputs: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+    if len(inputs) != len(file.inputs):
+        raise InputError(f"{path}: {len(inputs)} inputs given, it takes {len(file.inputs)}")
+    return inputs
+
+
+def _encode(
+    path: Path, file: PteFile, number: int, x: np.ndarray, quantization: dict[int, tuple[float, int]]
+) -> torch.Tensor:
+    tensor = file.tensors[number]
+    x = np.asarray(x)
+    if x.shape[1:] != tensor.shape[1:] or not len(x):
+        wanted = ", ".join(map(str, ("N >= 1", *tensor.shape[1:])))
+        raise InputError(f"{path}, input {file.inputs.index(number)}: shape {x.shape} given, ({wanted}) expected")
+    if tensor.dtype == "int8" and number in quantization and x.dtype.kind == "f":
+        scale, zero_point = quantization[number]
+        x = np.clip(np.round(x / np.float32(scale)) + zero_point, -128, 127)
+    return torch.from_numpy(np.ascontiguousarray(x.astype(tensor.dtype)))
+
+
+def _decode(y: np.ndarray, quantization: tuple[float, int] | None) -> np.ndarray:
+    if quantization is not None and y.dtype == np.int8:
+        return ((y.astype(np.float32) - quantization[1]) * np.float32(quantization[0])).astype(np.float32)
+    return y.astype(np.float32)
+
+
+def _execute(
+    program: bytes, where: str, inputs: Sequence[torch.Tensor], threads: int, progress: Callable[[int, int], None] | None
+) -> list[np.ndarray]:
+    _require()
+    with _quiet(), _silent_stderr():
+        import executorch.kernels.quantized  # noqa: F401  kernels of what is not delegated
+        from executorch.extension.pybindings import portable_lib
+
+        try:
+            module = portable_lib._load_for_executorch_from_buffer(program)
+            if hasattr(portable_lib, "_unsafe_reset_threadpool"):
+                portable_lib._unsafe_reset_threadpool(threads)
+            # the delegates are only set up at the first call, and what is wrong with the file shows there
+            module.forward([x[:1] for x in inputs])
+        except RuntimeError as error:
+            raise FormatError(f"{where}: the ExecuTorch runtime refuses it ({str(error).splitlines()[0]}); export it again") from error
+    columns: list[list[np.ndarray]] = []
+    for i in range(len(inputs[0])):
+        columns.append([y.numpy().copy() for y in module.forward([x[i : i + 1] for x in inputs])])
+        if progress:
+            progress(i + 1, len(inputs[0]))
+    return [np.stack(c) if columns[0][j].ndim == 0 else np.concatenate(c) for j, c in enumerate(zip(*columns, strict=True))]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings or log lines of the converter: what matters of them is read from the file."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """The runtime's C++ code writes about CPU features to file descriptor 2 when it starts."""
+    saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(sink)

@@ -1,0 +1,208 @@
+"""A ``.pte`` file against the frozen program, layer by layer: what differs, and how each layer runs and is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from edgekit.artifact import Coverage, Mismatch
+from edgekit.frozen import FrozenProgram, Layer
+from edgekit.targets.pte_file import FileOp, FileTensor, PteFile
+from edgekit.targets.pte_layers import FloatWeight, Placed, Placement, constant_of, stored_weight
+
+__all__ = ["compare", "coverage", "io_quantization"]
+
+_CARRIERS = {"Link", "XNNStaticTranspose", "XNNStaticReshape", "XNNCopy", "XNNConvert", "aten::view", "aten::view_copy"}
+_CLAMPS = {"relu": (0.0, float("inf")), "relu6": (0.0, 6.0)}
+
+
+def compare(file: PteFile, program: FrozenProgram, placement: Placement) -> list[Mismatch]:
+    """Every difference, in the order of the program's layers."""
+    producers = _producers(file)
+    found: list[Mismatch] = []
+    for placed in placement.values():
+        layer = placed.layer
+        if not placed.found:
+            found.append(Mismatch(layer.name, "operator", "missing", layer.op))
+            continue
+        found += _output(file, placed)
+        if "weight" in layer.args:
+            found += _weighted(file, placed, producers)
+        elif layer.op == "qslice":
+            found += _identity(file, placed)
+    return found
+
+
+def coverage(file: PteFile, program: FrozenProgram, placement: Placement) -> tuple[Coverage, ...]:
+    """One row for each layer, then one for each kind of operator that no layer accounts for (the program's float operators)."""
+    producers = _producers(file)
+    rows = [_row(file, placed, producers) for placed in placement.values()]
+    used = {id(op) for placed in placement.values() for op in placed.ops}
+    others: dict[tuple[str, bool], list[FileOp]] = {}
+    for op in file.ops:
+        if id(op) not in used and op.kind not in _CARRIERS and not op.kind.startswith("quantized_decomposed::"):
+            others.setdefault((op.kind, op.delegate >= 0), []).append(op)
+    for (kind, delegated), ops in others.items():
+        where = "float32, in the XNNPACK delegate" if delegated else "kernel outside of a delegate"
+        macs = sum(_product_macs(file, op, producers) for op in ops)
+        rows.append(Coverage(kind, kind, "delegated" if delegated else "float", macs, note=f"{len(ops)} times, {where}"))
+    return tuple(rows)
+
+
+def io_quantization(file: PteFile) -> dict[int, tuple[float, int]]:
+    """Scale and zero point of the program's integer inputs and outputs, by tensor."""
+    found: dict[int, tuple[float, int]] = {}
+    for number in {*file.inputs, *file.outputs}:
+        near = [number]
+        near += [n for op in file.ops if op.kind == "Link" and number in (*op.inputs, *op.outputs) for n in (*op.inputs, *op.outputs)]
+        for tensor in (file.tensors[n] for n in near):
+            if tensor.dtype == "int8" and tensor.scale is not None and tensor.zero_point is not None:
+                found[number] = (tensor.scale, tensor.zero_point)
+    return found
+
+
+def _producers(file: PteFile) -> dict[int, FileOp]:
+    return {n: op for op in file.ops for n in op.outputs}
+
+
+def _output(file: PteFile, placed: Placed) -> Iterator[Mismatch]:
+    """Scale and zero point of every int8 form of the layer's output; one message a field."""
+    layer = placed.layer
+    if layer.out_scale is None:
+        return
+    tensors = [file.tensors[n] for n in placed.values]
+    if not tensors:
+        yield Mismatch(layer.name, "output type", "float32", "int8")
+    wrong = next((t for t in tensors if t.scale is not None and np.float32(t.scale) != np.float32(layer.out_scale)), None)
+    if wrong is not None:
+        yield Mismatch(layer.name, "output scale", f"{wrong.scale:.9g}", f"{np.float32(layer.out_scale):.9g}")
+    odd = next((t for t in tensors if t.zero_point is not None and t.zero_point != layer.out_zero_point), None)
+    if odd is not None:
+        yield Mismatch(layer.name, "output zero point", str(odd.zero_point), str(layer.out_zero_point))
+
+
+def _weighted(file: PteFile, placed: Placed, producers: Mapping[int, FileOp]) -> Iterator[Mismatch]:
+    layer, op = placed.layer, placed.ops[0]
+    weight, bias = _constants(file, op, producers)
+    if weight is None:
+        yield Mismatch(layer.name, "weight", "missing", f"int{layer.weight_bits}")
+        return
+    stored, wanted = stored_weight(op, weight), layer.args["weight"].numpy()
+    if isinstance(stored, FloatWeight):
+        yield Mismatch(layer.name, "weight type", stored.dtype, f"int{layer.weight_bits}")
+    elif stored.shape != wanted.shape:
+        yield Mismatch(layer.name, "weight shape", str(stored.shape), str(wanted.shape))
+    else:
+        yield from _different(layer, "weight", stored, wanted)
+    scales, in_scale = layer.args["weight_scale"].numpy(), np.float32(layer.args["in_scale"])
+    yield from _different(layer, "weight scale", weight.scales, scales)
+    if bias is None or bias.data is None:
+        if layer.args["bias"].any():
+            yield Mismatch(layer.name, "bias", "missing", "int32")
+    elif bias.dtype == "int32":
+        yield from _different(layer, "bias", bias.data, layer.args["bias"].numpy())
+        yield from _different(layer, "bias scale", bias.scales, scales * in_scale)
+    else:
+        real = layer.args["bias"].numpy().astype(np.float32) * (scales * in_scale)
+        yield from _different(layer, "bias", bias.data, real)
+    yield from _input(file, placed, producers)
+    yield from _geometry(layer, op)
+
+
+def _different(layer: Layer, what: str, found: np.ndarray | None, expected: np.ndarray) -> Iterator[Mismatch]:
+    """The first element that differs, and how many do; floats must agree to the last bit."""
+    if found is None or found.shape != expected.shape:
+        yield Mismatch(layer.name, what, "missing" if found is None else f"of shape {found.shape}", f"of shape {expected.shape}")
+        return
+    wrong = np.argwhere(found != expected)
+    if len(wrong):
+        first = tuple(int(i) for i in wrong[0])
+        at, count = ", ".join(map(str, first)), f" ({len(wrong)} of {found.size} differ)"
+        yield Mismatch(layer.name, f"{what}[{at}]", f"{found[first]:.9g}{count}", f"{expected[first]:.9g}")
+
+
+def _input(file: PteFile, placed: Placed, producers: Mapping[int, FileOp]) -> Iterator[Mismatch]:
+    """What the operator reads, where the layer before could not be found (else that layer's output was checked)."""
+    layer = placed.layer
+    if placed.source is not None:
+        return
+    number = next((n for n in placed.ops[0].inputs if constant_of(file, n, producers) is None), None)
+    tensor = file.tensors[number] if number is not None else None
+    wanted = (np.float32(layer.args["in_scale"]), layer.args["in_zp"])
+    if tensor is not None and tensor.scale is not None and (np.float32(tensor.scale), tensor.zero_point) != wanted:
+        yield Mismatch(layer.name, "input scale and zero point", f"{tensor.scale:.9g}, {tensor.zero_point}", f"{wanted[0]:.9g}, {wanted[1]}")
+
+
+def _geometry(layer: Layer, op: FileOp) -> Iterator[Mismatch]:
+    """Strides, paddings, dilation, groups and the fused clamp of a delegated operator."""
+    if op.delegate < 0:
+        return
+    arguments = op.arguments
+    pairs: list[tuple[str, tuple[Any, ...], tuple[Any, ...]]] = []
+    if layer.op == "qconv2d":
+        for field, keys in (("stride", ("subsampling_height", "subsampling_width")), ("dilation", ("dilation_height", "dilation_width"))):
+            pairs.append((field, tuple(arguments[k] for k in keys), tuple(layer.args[field])))
+        paddings = tuple(arguments[f"padding_{side}"] for side in ("top", "bottom", "left", "right"))
+        pairs.append(("padding", paddings, tuple(p for p in layer.args["padding"] for _ in range(2))))
+        pairs.append(("groups", (arguments["groups"],), (layer.args["groups"],)))
+    if "output_min" in arguments:
+        clamp = (arguments["output_min"], arguments["output_max"])
+        pairs.append(("activation bounds", clamp, _CLAMPS.get(layer.args["activation"], (-float("inf"), float("inf")))))
+    for field, found, expected in pairs:
+        if found != expected:
+            yield Mismatch(layer.name, field, str(found), str(expected))
+
+
+def _identity(file: PteFile, placed: Placed) -> Iterator[Mismatch]:
+    """A strided slice as a depthwise convolution must have weights and scales of one, and nothing added."""
+    for op in placed.ops:
+        if op.kind != "XNNDepthwiseConv2d":
+            continue
+        constants = [file.tensors[n] for n in op.inputs[1:]]
+        weight = constants[0]
+        if weight.dtype != "int8" or weight.data is None or (weight.data != 1).any() or len(constants) > 1:
+            yield Mismatch(placed.layer.name, "slice weights", "not all 1", "1")
+        elif weight.scales is None or (weight.scales != 1).any():
+            yield Mismatch(placed.layer.name, "slice scales", "not all 1", "1")
+
+
+def _constants(file: PteFile, op: FileOp, producers: Mapping[int, FileOp]) -> tuple[FileTensor | None, FileTensor | None]:
+    """(weight, bias) of an operator: its constants of rank two and more, and of rank one."""
+    constants = [t for n in op.inputs if (t := constant_of(file, n, producers)) is not None]
+    weight = next((t for t in constants if len(t.shape) > 1), None)
+    return weight, next((t for t in constants if len(t.shape) == 1), None)
+
+
+def _row(file: PteFile, placed: Placed, producers: Mapping[int, FileOp]) -> Coverage:
+    layer, ops = placed.layer, placed.ops
+    kinds = "+".join(dict.fromkeys(op.kind for op in ops)) or "none"
+    inside = all(op.delegate >= 0 for op in ops) if ops else bool(file.delegates)
+    types = {file.tensors[n].dtype for op in ops for n in (*op.inputs, *op.outputs) if n in file.tensors}
+    in_float = "float32" in types and layer.op not in ("quantize", "dequantize")
+    runs = "delegated" if inside else "float" if in_float else "int8"
+    storage, notes = "", []
+    if "weight" in layer.args and ops:
+        weight, _ = _constants(file, ops[0], producers)
+        storage = weight.dtype if weight is not None else ""
+        runs = "float" if storage.startswith("float") else runs
+        if storage == "int8" and (layer.weight_bits or 8) < 8:
+            notes.append(f"{layer.weight_bits}-bit weights are stored as int8")
+        if storage == "int4" and layer.weight_bits != 4:
+            notes.append(f"{layer.weight_bits}-bit weights are stored as int4")
+    if not inside:
+        notes.append("not delegated to XNNPACK" if file.delegates else "portable kernels compute in float32")
+    elif in_float:
+        notes.append("computed in float32 between int8 tensors, in the XNNPACK delegate")
+    if not placed.found:
+        return Coverage(layer.name, "missing", "float", layer.macs, note="not found in the file")
+    return Coverage(layer.name, kinds, runs, layer.macs, storage, "; ".join(notes))
+
+
+def _product_macs(file: PteFile, op: FileOp, producers: Mapping[int, FileOp]) -> int:
+    """Multiply-accumulates of a matrix product that is no layer of the program (attention, a LayerNorm's mean)."""
+    if op.kind not in ("XNNBatchMatrixMultiply", "XNNFullyConnected", "aten::bmm", "aten::mm", "aten::addmm"):
+        return 0
+    reads = [n for n in op.inputs if constant_of(file, n, producers) is None] or list(op.inputs)
+    return int(np.prod(file.tensors[op.outputs[0]].shape)) * file.tensors[reads[0]].shape[-1]

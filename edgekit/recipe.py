@@ -7,20 +7,19 @@ what is allowed. Factories and files are looked up beside the recipe first, then
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
-from pydantic_core import ErrorDetails
 
 from edgekit import marked_yaml
 from edgekit.compress.ptq.settings import PTQ, QAT
 from edgekit.errors import RecipeError
+from edgekit.validation import Reader, closest, shown
 
 __all__ = ["NAMED", "SETTINGS", "Block", "Recipe", "Target", "Verify", "dump", "load", "parse", "replace", "target"]
 
@@ -117,19 +116,21 @@ def load(path: Path, *, files: bool = True) -> Recipe:
 def parse(text: str, name: str = "recipe.yaml", folder: Path = Path(), *, files: bool = True) -> Recipe:
     """Check the text of a recipe; relative paths are looked up in ``folder``, then in the current one. As :func:`load`."""
     document = marked_yaml.parse(text, name)
-    reader = _Reader(document, name)
+    reader = Reader(document, name)
     if not isinstance(document.value, dict):
-        reader.fail((), f"found {_shown(document.value)}; expected the keys model, data, compress and targets")
+        reader.fail((), f"found {shown(document.value)}; expected the keys model, data, compress and targets")
     value = dict(document.value)
     allowed = [f.name for f in dataclasses.fields(Recipe)]
     for key in value:
         if key not in allowed:
-            reader.fail((key,), f"unknown key {key!r}{_closest(key, allowed)}")
+            reader.fail((key,), f"unknown key {key!r}{closest(key, allowed)}")
     seed = value.get("seed", 0)
     if "compress" in value:
         value["compress"] = _blocks(value["compress"], seed, reader)
     if "targets" in value:
         value["targets"] = _targets(value["targets"], reader)
+    if isinstance(value.get("verify"), dict):
+        value["verify"] = reader.check(Verify, value["verify"], ("verify",))
     for key in ("model", "data"):
         if isinstance(value.get(key), str):
             value[key] = _resolved(value[key], key, folder, reader, files)
@@ -168,67 +169,16 @@ def dump(recipe: Recipe, folder: Path) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """Turns a failed check into one sentence with the line of the recipe."""
-
-    document: marked_yaml.Document
-    name: str
-
-    def fail(self, path: marked_yaml.Path, message: str) -> Any:
-        where = ".".join(map(str, path))
-        line = f":{self.document.line(path)}" if self.document.lines else ""
-        raise RecipeError(f"{self.name}{line}: {where + ': ' if where else ''}{message}")
-
-    def check(self, kind: type[Any], value: Any, path: marked_yaml.Path) -> Any:
-        """``value`` as ``kind``, or a RecipeError for its first fault."""
-        try:
-            return TypeAdapter(kind).validate_python(value)
-        except ValidationError as error:
-            first = error.errors()[0]
-            more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-            self.fail((*path, *first["loc"]), _sentence(first, kind) + more)
-
-
-def _sentence(error: ErrorDetails, kind: type[Any]) -> str:
-    """A pydantic error in the words of recipes."""
-    last = str(error["loc"][-1]) if error["loc"] else ""
-    allowed = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"unknown key {last!r}{_closest(last, allowed)}"
-    if error["type"].startswith("missing"):
-        return f"the key {last!r} is missing"
-    found = f"found {_shown(error['input'])}"
-    if error["type"] == "literal_error":
-        values = [v.strip().strip("'") for v in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        return found + _closest(str(error["input"]), values)
-    if error["type"] in ("dataclass_type", "dict_type"):
-        return f"{found}; expected a mapping{f' with the keys {chr(44).join(allowed)}' if allowed else ''}".replace(",", ", ")
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{found}; expected {message}" if error["msg"].startswith("Input should be ") else f"{found}; {message}"
-
-
-def _closest(found: str, allowed: Sequence[str]) -> str:
-    close = difflib.get_close_matches(found, allowed, 1)
-    return (f"; did you mean {close[0]!r}?" if close else ";") + f" allowed: {', '.join(allowed)}"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict | list):
-        return "a mapping" if isinstance(value, dict) else "a list"
-    return "nothing" if value is None else repr(value)
-
-
-def _blocks(value: Any, seed: Any, reader: _Reader) -> tuple[Block, ...]:
+def _blocks(value: Any, seed: Any, reader: Reader) -> tuple[Block, ...]:
     items = [value] if isinstance(value, str | dict) else value
     if not isinstance(items, list) or not items:
-        reader.fail(("compress",), f"found {_shown(value)}; expected a list of blocks ({', '.join(SETTINGS)}) or names")
+        reader.fail(("compress",), f"found {shown(value)}; expected a list of blocks ({', '.join(SETTINGS)}) or names")
     blocks = []
     for i, item in enumerate(items):
         path: marked_yaml.Path = ("compress", i) if isinstance(value, list) else ("compress",)
         if isinstance(item, str) and item not in SETTINGS:
             if item not in NAMED:
-                reader.fail(path, f"found {item!r}{_closest(item, [*NAMED, *SETTINGS])}")
+                reader.fail(path, f"found {item!r}{closest(item, [*NAMED, *SETTINGS])}")
             item = NAMED[item]
         kind, settings = _single(item, SETTINGS, path, reader)
         settings = {"seed": seed, **settings} if isinstance(settings, dict) else settings
@@ -236,12 +186,12 @@ def _blocks(value: Any, seed: Any, reader: _Reader) -> tuple[Block, ...]:
     return tuple(blocks)
 
 
-def _targets(value: Any, reader: _Reader) -> tuple[Target, ...]:
+def _targets(value: Any, reader: Reader) -> tuple[Target, ...]:
     from edgekit.targets import TARGETS
 
     items = [value] if isinstance(value, str | dict) else value
     if not isinstance(items, list):
-        reader.fail(("targets",), f"found {_shown(value)}; expected a list of {', '.join(TARGETS)}")
+        reader.fail(("targets",), f"found {shown(value)}; expected a list of {', '.join(TARGETS)}")
     targets: list[Target] = []
     for i, item in enumerate(items):
         path: marked_yaml.Path = ("targets", i) if isinstance(value, list) else ("targets",)
@@ -255,33 +205,33 @@ def _targets(value: Any, reader: _Reader) -> tuple[Target, ...]:
 
 def target(name: str, options: Mapping[str, Any]) -> Target:
     """A target from the command line, checked as in a recipe. Raises RecipeError."""
-    (found,) = _targets([{name: dict(options)}], _Reader(marked_yaml.Document(None, {}), "--target"))
+    (found,) = _targets([{name: dict(options)}], Reader(marked_yaml.Document(None, {}), "--target"))
     return found
 
 
-def _check_options(name: str, options: Any, path: marked_yaml.Path, reader: _Reader) -> Any:
+def _check_options(name: str, options: Any, path: marked_yaml.Path, reader: Reader) -> Any:
     """The options as the target's own ``Options``; unknown keys and wrong values fail at their line."""
     from edgekit.targets import get
 
     kind = get(name).Options
     if not isinstance(options, dict):
-        reader.fail((*path, name), f"found {_shown(options)}; expected a mapping of options")
+        reader.fail((*path, name), f"found {shown(options)}; expected a mapping of options")
     known = [f.name for f in dataclasses.fields(kind)]
     for key in options:
         if key not in known:
-            reader.fail((*path, name, key), f"unknown option {key!r}{_closest(key, known)}")
+            reader.fail((*path, name, key), f"unknown option {key!r}{closest(key, known)}")
     return reader.check(kind, options, (*path, name))
 
 
-def _single(item: Any, allowed: Mapping[str, Any], path: marked_yaml.Path, reader: _Reader) -> tuple[str, Any]:
+def _single(item: Any, allowed: Mapping[str, Any], path: marked_yaml.Path, reader: Reader) -> tuple[str, Any]:
     """A word, or a mapping of one key, as (key, value)."""
     if isinstance(item, str):
         item = {item: {}}
     if not isinstance(item, Mapping) or len(item) != 1:
-        reader.fail(path, f"found {_shown(item)}; expected one key of: {', '.join(allowed)}")
+        reader.fail(path, f"found {shown(item)}; expected one key of: {', '.join(allowed)}")
     ((key, value),) = item.items()
     if key not in allowed:
-        reader.fail((*path, key), f"found {key!r}{_closest(key, list(allowed))}")
+        reader.fail((*path, key), f"found {key!r}{closest(key, list(allowed))}")
     return key, {} if value is None else value
 
 
@@ -290,7 +240,7 @@ def _split(spec: str) -> tuple[str, str, str]:
     return (file, colon, factory) if colon else (spec, "", "")
 
 
-def _resolved(spec: str, key: str, folder: Path, reader: _Reader, files: bool) -> str:
+def _resolved(spec: str, key: str, folder: Path, reader: Reader, files: bool) -> str:
     """``spec`` with an absolute path, where it names a file."""
     file, colon, factory = _split(spec)
     if colon and factory.isidentifier() and not file.endswith(".py"):
@@ -300,7 +250,7 @@ def _resolved(spec: str, key: str, folder: Path, reader: _Reader, files: bool) -
         reader.fail((key,), f"found {spec!r}; expected {kinds}")
     for base in (folder, Path()):
         if (base / file).is_file():
-            return str((base / file).absolute()) + colon + factory
+            return os.path.abspath(base / file) + colon + factory
     if files:
-        reader.fail((key,), f"{file}: no such file in {folder.absolute()} or the current folder")
-    return str((folder / file).absolute()) + colon + factory
+        reader.fail((key,), f"{file}: no such file in {os.path.abspath(folder)} or the current folder")
+    return os.path.abspath(folder / file) + colon + factory

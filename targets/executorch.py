@@ -137,14 +137,16 @@ def taps(path: Path, program: FrozenProgram, sample: Sequence[np.ndarray]) -> di
     """
     file = read_pte(path)
     quantization = io_quantization(file)
-    copy, layouts = tapped(file, program, place(file, program))
+    _require()
+    with _quiet():
+        copy, extra = tapped(file, program, place(file, program))
     prepared = [
         _encode(path, file, n, np.asarray(x)[:1], quantization) for n, x in zip(file.inputs, _counted(path, file, sample), strict=True)
     ]
     outputs = _execute(copy, str(path), prepared, 1, None)[len(file.outputs) :]
     found: dict[str, np.ndarray] = {}
-    for (name, order, shape), value in zip(layouts, outputs, strict=True):
-        found[name] = np.ascontiguousarray(value[0].transpose(order)).reshape(shape).astype(np.int8)
+    for tap, value in zip(extra, outputs, strict=True):
+        found[tap.layer] = np.ascontiguousarray(value.transpose(tap.order)).reshape(tap.shape)
     return found
 
 

@@ -25,6 +25,7 @@ from edgekit.targets.flatbuffer import Schema, Table, parse_schema, read_flatbuf
 __all__ = ["FileOp", "FileTensor", "PteFile", "read_pte"]
 
 _NO_ID = 0xFFFFFFFF
+_NO_HANDLE = 65535  # of operators that XNNPACK's passes added, such as changes of layout
 _NO_OFFSET = 0xFFFFFFFFFFFFFFFF
 _MAGIC = b"ET12"
 _DTYPES = {
@@ -234,7 +235,7 @@ class _Parser:
                 link = (shift + tensor["id_out"], arguments[tensor["external_id"]])
                 (incoming if tensor["flags"] & 1 else outgoing).append(link)
         self.ops += [FileOp("Link", (outside,), (inside,), number) for inside, outside in incoming]
-        self.ops += [_graph_op(node["xnode_union"], node.get("output_min_max"), shift, number) for node in graph["xnodes"]]
+        self.ops += [_graph_op(node, shift, number) for node in graph["xnodes"]]
         self.ops += [FileOp("Link", (inside,), (outside,), number) for inside, outside in outgoing]
 
     def graph_tensor(self, graph: Table, tensor: Table, params: Table | None, constants: int) -> FileTensor:
@@ -261,10 +262,12 @@ class _Parser:
         return self.named[entry["named_key"]][0] if entry["offset"] == _NO_OFFSET else constants + int(entry["offset"])
 
 
-def _graph_op(node: Table, clamp: Table | None, shift: int, number: int) -> FileOp:
+def _graph_op(outer: Table, shift: int, number: int) -> FileOp:
+    node, clamp = outer["xnode_union"], outer.get("output_min_max")
     ids = {k: int(v) + shift for k, v in node.fields.items() if k.endswith("_id") and v != _NO_ID}
     outputs = tuple(v for k, v in ids.items() if k.startswith("output"))
     arguments = {k: v for k, v in node.fields.items() if not k.endswith("_id")}
+    arguments["in_program"] = outer["debug_handle"] != _NO_HANDLE
     if clamp is not None:
         arguments |= clamp.fields
     return FileOp(node.kind, tuple(v for k, v in ids.items() if not k.startswith("output")), outputs, number, arguments)

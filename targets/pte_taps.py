@@ -1,0 +1,167 @@
+"""A copy of a ``.pte`` in memory in which every layer's int8 tensor is an output, to see what the file itself computes inside.
+
+XNNPACK's graph marks a tensor as an external output by a flag and a number; the program then needs a value for it and one more
+argument of the delegate call. Constants, scales and zero points stay the bytes of the file, so that a fault in them shows.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgekit.frozen import FrozenProgram
+from edgekit.targets.pte_file import FileOp, PteFile
+from edgekit.targets.pte_layers import Placement
+
+__all__ = ["Tap", "tapped"]
+
+_CHANNEL_LAST = {"XNNConv2d", "XNNDepthwiseConv2d", "XNNMaxPooling2d", "XNNAvgPooling2d", "XNNGlobalAvgPooling2d"}
+_OUTPUT_FLAG = 2
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One extra output: the layer, the file's tensor, the axes' order back to the program's layout, and the layer's shape."""
+
+    layer: str
+    tensor: int
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def tapped(file: PteFile, program: FrozenProgram, placement: Placement) -> tuple[bytes, tuple[Tap, ...]]:
+    """(bytes of the copy, what its outputs after the file's own are)."""
+    from executorch.exir._serialize._program import deserialize_pte_binary, serialize_pte_binary
+
+    taps = _choose(file, placement)
+    pte = deserialize_pte_binary(file.path.read_bytes())
+    plan = pte.program.execution_plan[0]
+    calls = [i.instr_args for c in plan.chains for i in c.instructions if hasattr(i.instr_args, "delegate_index")]
+    extra: dict[int, int] = {}
+    for number, call in enumerate(calls):
+        inside = [t.tensor for t in taps if t.tensor >> 32 == number + 1]
+        blob = pte.program.backend_delegate_data[plan.delegates[call.delegate_index].processed.index]
+        blob.data = _open_graph(bytes(blob.data), [n & 0xFFFFFFFF for n in inside], len(call.args))
+        for n in inside:
+            extra[n] = _add_value(plan, file.tensors[n].shape)
+            call.args.append(extra[n])
+    for tap in taps:
+        number = extra.get(tap.tensor, tap.tensor)
+        if tap.tensor not in extra:
+            _move(plan, number)  # planning lets a later tensor take its place
+        plan.outputs.append(number)
+    return bytes(serialize_pte_binary(pte, extract_delegate_segments=True)), taps
+
+
+def _choose(file: PteFile, placement: Placement) -> tuple[Tap, ...]:
+    """For each layer the first int8 tensor that an operator writes, preferably inside a delegate."""
+    last = _channel_last(file)
+    external = {n for op in file.ops if op.kind == "Link" for n in (*op.inputs, *op.outputs)}
+    written = {n for op in file.ops if op.kind not in ("Link", "aten::view") for n in op.outputs}
+    taps = []
+    for placed in placement.values():
+        layer = placed.layer
+        usable = [n for n in placed.values if n in written and (n < 1 << 32 or n not in external)]
+        usable += [op.outputs[0] for op in file.ops if op.kind == "Link" and op.inputs[0] in placed.values and op.outputs[0] < 1 << 32]
+        if usable:
+            number = usable[0]
+            rank = len(file.tensors[number].shape)
+            order = (0, 3, 1, 2) if number in last and rank == 4 else tuple(range(rank))
+            taps.append(Tap(layer.name, number, order, layer.shape))
+    return tuple(taps)
+
+
+def _channel_last(file: PteFile) -> set[int]:
+    """Tensors that XNNPACK keeps channel-last; transposes that only change the layout belong to no operator of the program."""
+    found: set[int] = set()
+    for op in file.ops:
+        if op.kind in _CHANNEL_LAST or _inherits(op, found):
+            found.update(op.outputs)
+    return found
+
+
+def _inherits(op: FileOp, channel_last: set[int]) -> bool:
+    if op.kind == "XNNStaticTranspose" and not op.arguments.get("in_program", True):
+        return tuple(op.arguments["perm"]) == (0, 2, 3, 1)
+    return op.delegate >= 0 and op.kind not in ("XNNStaticReshape", "Link") and any(n in channel_last for n in op.inputs)
+
+
+def _open_graph(blob: bytes, numbers: Sequence[int], first: int) -> bytes:
+    """The XNNPACK blob with these values as external outputs, numbered from ``first``."""
+    if not numbers:
+        return blob
+    from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
+
+    header = XNNHeader.from_bytes(blob[: XNNHeader.EXPECTED_LENGTH])
+    graph = blob[header.flatbuffer_offset : header.flatbuffer_offset + header.flatbuffer_size]
+    constants = blob[header.constant_data_offset : header.constant_data_offset + header.constant_data_size]
+    opened = _edit_graph(graph, numbers, first)
+    padded = opened + bytes(-len(opened) % _ALIGNMENT)
+    start = header.flatbuffer_offset
+    edited = XNNHeader(start, len(opened), start + len(padded), len(constants)).to_bytes()
+    return edited + blob[len(edited) : start] + padded + constants
+
+
+def _edit_graph(graph: bytes, numbers: Sequence[int], first: int) -> bytes:
+    """Through JSON and back with the flatbuffer compiler of executorch; float32 survives in its 12 digits."""
+    package = importlib.resources.files("executorch")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        importlib.resources.as_file(package / "data" / "bin" / "flatc") as flatc,
+        importlib.resources.as_file(package / "backends" / "xnnpack" / "serialization" / "runtime_schema.fbs") as schema,
+    ):
+        (Path(folder) / "graph.bin").write_bytes(graph)
+        flags = ["--json", "--strict-json", "--defaults-json", "--raw-binary", "-o", folder, str(schema), "--", f"{folder}/graph.bin"]
+        subprocess.run([str(flatc), *flags], check=True, capture_output=True)
+        text = Path(folder) / "graph.json"
+        tree = json.loads(text.read_text().replace(": inf", ": Infinity").replace(": -inf", ": -Infinity"))
+        _mark(tree, numbers, first)
+        text.write_text(json.dumps(tree).replace("Infinity", "inf"))
+        subprocess.run([str(flatc), "--binary", "-o", folder, str(schema), str(text)], check=True, capture_output=True)
+        return (Path(folder) / "graph.bin").read_bytes()
+
+
+def _mark(tree: dict[str, Any], numbers: Sequence[int], first: int) -> None:
+    for value in tree["xvalues"]:
+        tensor = value["xvalue_union"]
+        tensor = tensor.get("tensor_value", tensor)
+        if tensor["id_out"] in numbers:
+            tensor["external_id"] = first + list(numbers).index(tensor["id_out"])
+            tensor["flags"] |= _OUTPUT_FLAG
+    tree["output_ids"] += list(numbers)
+    tree["num_externs"] += len(numbers)
+
+
+def _add_value(plan: Any, shape: tuple[int, ...]) -> int:
+    """A new int8 value behind everything the plan keeps in memory."""
+    from executorch.exir.schema import EValue, ScalarType, Tensor, TensorShapeDynamism
+
+    plan.values.append(
+        EValue(
+            Tensor(
+                scalar_type=ScalarType.CHAR, storage_offset=0, sizes=list(shape), dim_order=list(range(len(shape))),
+                requires_grad=False, layout=0, data_buffer_idx=0, allocation_info=None, shape_dynamism=TensorShapeDynamism.STATIC,
+            )
+        )
+    )  # fmt: skip
+    _move(plan, len(plan.values) - 1)
+    return len(plan.values) - 1
+
+
+def _move(plan: Any, number: int) -> None:
+    """Give a value a place of its own at the end of the planned memory."""
+    from executorch.exir.schema import AllocationDetails
+
+    value = plan.values[number].val
+    start, size = plan.non_const_buffer_sizes[1], 1
+    for d in value.sizes:
+        size *= d
+    value.allocation_info = AllocationDetails(memory_id=1, memory_offset_low=start & 0xFFFFFFFF, memory_offset_high=start >> 32)
+    plan.non_const_buffer_sizes[1] = start + -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -127,7 +127,8 @@ def _value(stage: Stage, field: str) -> float | None:
 
 def _stage(stage: Stage, parity: Parity) -> dict[str, Any]:
     """A row: text of each field, and whether its bytes are measured."""
-    own = {"float": ("agreement_float",), "frozen": ("agreement_frozen", "max_lsb", "mean_lsb")}.get(stage.name, ())
+    own = {"float": ("agreement_float", "sqnr_float_db")}.get(stage.name, ())
+    own = {"frozen": ("agreement_frozen", "max_lsb", "mean_lsb", "sqnr_frozen_db")}.get(stage.name, own)  # itself: says nothing
     text = {field: "" if field in own else _text(field, _value(stage, field), parity) for field, *_ in _STAGE_COLUMNS}
     return {"name": stage.name, "text": text, "bytes_how": "measured" if stage.bytes_measured else "modelled"}
 
@@ -196,7 +197,7 @@ def _layers(program: FrozenProgram, parity: Parity) -> list[dict[str, Any]]:
             cells.append(
                 {
                     "target": a.target,
-                    "lsb": "" if found is None else _lsb(found.max_lsb),
+                    "lsb": _lsb(found.max_lsb) if found else "" if layer.op == "dequantize" else "·",
                     "share": 0.0 if found is None else found.share,
                     "bar": 0.0 if found is None else found.share / largest,
                     "ok": (found is None or found.within) and layer.name not in wrong,

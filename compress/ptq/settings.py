@@ -27,8 +27,8 @@ class Quantization:
     Attributes:
         weights: integer type of weights; per output channel (see ``per_channel``), symmetric.
         activations: integer type of activations. int16 is defined by the frozen program; no shipped target takes it yet.
-        observer: how the range of an activation is chosen from calibration data. ``minmax``: the extremes; ``moving_average``: their
-            exponential mean over batches; ``percentile``: cuts both tails; ``mse``: the clip with the least quantization error;
+        observer: how the range of an activation is chosen from calibration data. ``minmax``: the extremes; ``moving_average``:
+            their exponential mean over batches; ``percentile``: cuts both tails; ``mse``: the clip with the least error;
             ``entropy``: the clip with the least Kullback-Leibler divergence (Migacz 2017).
         percentile: share of values kept by ``percentile``, in percent.
         symmetric_activations: zero point 0 for signed activations (those after a ReLU keep their full range).
@@ -72,8 +72,8 @@ class PTQ(Quantization):
     """Post-training quantization.
 
     Attributes:
-        method: how weights are rounded. ``nearest``; ``gptq`` (Frantar et al. 2022) and ``gpfq`` (Lybrand and Saab 2021): column by
-            column, each error compensated by what is left; ``learned_round`` (AdaRound, Nagel et al. 2020): up or down by gradient.
+        method: how weights are rounded. ``nearest``; ``gptq`` (Frantar et al. 2022) and ``gpfq`` (Lybrand and Saab 2021): column
+            by column, each error compensated by what is left; ``learned_round`` (AdaRound, Nagel et al. 2020): by gradient.
         equalize: cross-layer equalization before quantization (Nagel et al. 2019).
         bias_correction: correct each bias by the mean error that quantization made (Nagel et al. 2019).
         learned_round_steps: optimizer steps of ``learned_round`` for each layer.

@@ -1,0 +1,197 @@
+"""Capture a PyTorch model as one flat ATen graph that compression passes work on.
+
+``torch.export`` sees functional and module forms alike (``F.relu`` and ``nn.ReLU``), so a pass that works on its graph misses
+neither. :func:`capture` then removes what computes nothing at inference, folds batch normalization (Jacob et al. 2018, section
+3.2), and writes each thing in one way (:mod:`edgekit.compress.canonical`). The result computes the same function.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from edgekit.compress.canonical import canonicalize
+from edgekit.errors import ModelError
+
+__all__ = ["Graph", "capture", "check_finite", "export_float", "tensor_of"]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A captured model.
+
+    Attributes:
+        module: the flat ATen graph, in eval mode; called with one tensor for each input, any batch size if ``dynamic_batch``.
+        sample: example inputs, batch first.
+        names: fx node name to layer name (that of the source module where it has one).
+        sources: layer name to "file.py:line" in the user's model.
+        dynamic_batch: False where the model only exports for the sample's batch size.
+    """
+
+    module: fx.GraphModule
+    sample: tuple[Tensor, ...]
+    names: Mapping[str, str]
+    sources: Mapping[str, str]
+    dynamic_batch: bool
+
+
+def tensor_of(module: nn.Module, node: fx.Node) -> Tensor:
+    """The tensor behind a ``get_attr`` node."""
+    value: Any = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{node.target} is not a tensor")
+    return value
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise ModelError naming the first parameter or buffer that holds NaN or Inf."""
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            bad = int((~torch.isfinite(value)).sum())
+            raise ModelError(f"weights: {name} holds {bad} NaN or Inf values of {value.numel()}; train or load the model again")
+
+
+def export_float(model: nn.Module, sample: Sequence[Tensor]) -> tuple[ExportedProgram, bool]:
+    """The float model exported in eval mode, with a free batch size where the model allows it.
+
+    Returns:
+        The program and whether its batch size is free.
+
+    Raises:
+        ModelError: the export failed; the message has the reason, the model's source line and a remedy.
+    """
+    check_finite(model)
+    model = model.eval()
+    pairs = tuple(torch.cat([x[:1]] * 2) for x in sample)  # torch.export fixes a batch of one
+    try:
+        free = tuple({0: Dim.AUTO} for _ in pairs)
+        exported = torch.export.export(model, pairs, strict=False, dynamic_shapes={"args": free} if _variadic(model) else free)
+        batch = next(n for n in exported.graph.nodes if n.op == "placeholder" and n.name in exported.graph_signature.user_inputs)
+        if not isinstance(batch.meta["val"].shape[0], int):
+            return exported, True
+    except Exception:  # the static export below gives the message
+        pass
+    try:
+        return torch.export.export(model, tuple(x[:1] for x in sample), strict=False), False
+    except Exception as error:
+        raise ModelError(explain_export_error(error)) from error
+
+
+def capture(model: nn.Module, sample: Sequence[Tensor]) -> Graph:
+    """Capture ``model`` as a :class:`Graph`.
+
+    Args:
+        model: any exportable module; left as it is, but put into eval mode.
+        sample: one tensor for each input, shape (N, ...), N >= 1; only shapes, dtypes and the first sample matter.
+
+    Raises:
+        ModelError: NaN weights, a model that cannot be exported, or one that does not return one tensor or a tuple of tensors.
+    """
+    return capture_exported(*export_float(model, sample), sample=tuple(sample))
+
+
+def capture_exported(exported: ExportedProgram, dynamic_batch: bool, *, sample: tuple[Tensor, ...]) -> Graph:
+    """As :func:`capture`, from an exported program."""
+    module = exported.run_decompositions({}).module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    flat = _flatten_interface(module)
+    canonicalize(flat)
+    names = layer_names(flat)
+    lines = {n.name: _source_line(n) for n in flat.graph.nodes}
+    sources = {name: lines[node] for node, name in names.items() if lines[node]}
+    one = tuple(x[:1] for x in sample)
+    with torch.no_grad():
+        result = flat(*one)
+    if not all(isinstance(t, Tensor) for t in (result if isinstance(result, tuple | list) else (result,))):
+        raise ModelError(f"the model returns {type(result).__name__}; return one tensor or a tuple of tensors")
+    return Graph(flat.eval(), tuple(sample), names, sources, dynamic_batch)
+
+
+def layer_names(module: fx.GraphModule) -> dict[str, str]:
+    """fx node name to layer name: the parameter's path, or the module's path plus the operator; unique."""
+    weights = {n: _weight_path(n) for n in module.graph.nodes if n.op == "call_function"}
+    parents = {p.rpartition(".")[0] for n in module.graph.nodes for p, _ in (n.meta.get("nn_module_stack") or {}).values()}
+    taken = {w for w in weights.values() if w}
+    names: dict[str, str] = {}
+    used: set[str] = set()
+    for node, weight in weights.items():
+        base = weight or _module_path(node, parents)
+        if not weight and base in taken:
+            base = f"{base}_{_operator(node)}"
+        while any(u.startswith(f"{base}.") or base.startswith(f"{u}.") for u in used | (set() if weight else taken)):
+            base = "_".join(base.rsplit(".", 1)) if "." in base else f"{base}_{_operator(node)}"  # no layer inside a layer
+        name, count = base, 2
+        while name in used:
+            name, count = f"{base}_{count}", count + 1
+        used.add(name)
+        names[node.name] = name
+    return names
+
+
+def explain_export_error(error: Exception) -> str:
+    """One sentence for what ``torch.export`` reports over many lines: reason, source line, remedy."""
+    text = str(error)
+    kind = type(error).__name__
+    place = next((p for p in re.findall(r'File "([^"]+)", line (\d+)', text) if "/torch/" not in p[0]), None)
+    where = f" at {Path(place[0]).name}:{place[1]}" if place else ""
+    if "GuardOnDataDependent" in kind or "data-dependent" in text.lower():
+        return f"the model{where} branches on the value of a tensor, which no graph can hold; use torch.where or torch.cond"
+    line = text.strip().splitlines()[0] if text.strip() else kind
+    return f"torch.export cannot capture the model{where}: {line[:300]}"
+
+
+def _variadic(model: nn.Module) -> bool:
+    code = getattr(type(model).forward, "__code__", None)
+    return bool(code and code.co_flags & 0x04)
+
+
+def _source_line(node: fx.Node) -> str:
+    trace = node.meta.get("stack_trace") or ""
+    frames = [f for f in re.findall(r'File "([^"]+)", line (\d+)', trace) if "/torch/" not in f[0] and "<" not in f[0]]
+    return f"{Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
+
+
+def _weight_path(node: fx.Node) -> str:
+    """Module path of the weight that this node multiplies with, "" if it has none."""
+    weight = node.args[1] if len(node.args) > 1 else None
+    if isinstance(weight, fx.Node) and weight.op == "get_attr" and str(weight.target).endswith("weight"):
+        return str(weight.target).removesuffix("weight").strip("._") or "weight"
+    return ""
+
+
+def _operator(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).split(".")[1].strip("_")
+    return str(getattr(target, "__name__", target))
+
+
+def _module_path(node: fx.Node, parents: set[str]) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    path, kind = next(reversed(stack.values())) if stack else ("", "")
+    if str(path).startswith("_empty"):
+        path = ""
+    leaf = str(kind).startswith("torch.nn.modules.") and path not in parents
+    return str(path) if leaf and path else f"{path}.{_operator(node)}".strip(".")
+
+
+def _flatten_interface(module: fx.GraphModule) -> fx.GraphModule:
+    """Replace the pytree calling convention of an unlifted export by plain positional tensors."""
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(module.graph, values)
+    outputs = [o for o in (result if isinstance(result, tuple | list) else (result,)) if o is not None]
+    graph.output(outputs[0] if len(outputs) == 1 else tuple(outputs))
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.args:
+            node.args = ()
+    return fx.GraphModule(module, graph)

@@ -1,0 +1,232 @@
+"""The quantization plan: every integer, scale and zero point of a model, before it is frozen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from edgekit.compress.capture import Graph
+from edgekit.compress.ptq.observers import ActQ, Observer, choose_range, quantization_of
+from edgekit.compress.ptq.settings import Quantization, bits_of
+from edgekit.compress.ptq.units import Unit, weight_of
+from edgekit.errors import DataError
+from edgekit.frozen import Unquantized
+
+__all__ = ["Plan", "WeightQ", "calibrate", "make_plan", "quantize_weight", "weight_bits", "weight_scale"]
+
+_FIXED = {"sigmoid": ActQ(1 / 256, -128), "hardsigmoid": ActQ(1 / 256, -128), "tanh": ActQ(1 / 128, 0)}
+_MAX_BIAS = 1 << 20
+"""Largest bias integer: up to here its float32 form goes back to the same integer in every converter."""
+
+
+@dataclass(frozen=True)
+class WeightQ:
+    """A weighted layer's integers: ``weight ~ scale[c] * integers``; ``bias`` stays real (float64) until it is frozen."""
+
+    integers: Tensor
+    scale: Tensor
+    bits: int
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How each unit is quantized.
+
+    Attributes:
+        units: integer layers to be, in execution order.
+        activations: fx node name to quantization, for every node that is an integer layer's input or output.
+        weights: layer name to integers.
+        unquantized: operators that stay in float.
+        warnings: sentences for the user.
+        changes: layer name to what was done to it, for reports.
+    """
+
+    units: tuple[Unit, ...]
+    activations: Mapping[str, ActQ]
+    weights: Mapping[str, WeightQ]
+    unquantized: tuple[Unquantized, ...] = ()
+    warnings: tuple[str, ...] = ()
+    changes: Mapping[str, str] = field(default_factory=dict)
+
+    def with_weights(self, weights: Mapping[str, WeightQ]) -> Plan:
+        """The same plan with some layers' integers replaced."""
+        return replace(self, weights={**self.weights, **weights})
+
+
+def make_plan(
+    graph: Graph,
+    units: tuple[Unit, ...],
+    unquantized: tuple[Unquantized, ...],
+    settings: Quantization,
+    data: Callable[[], Iterable[tuple[Tensor, ...]]],
+) -> Plan:
+    """Calibrate activations and round weights to nearest.
+
+    Args:
+        data: makes a fresh stream of calibration batches; called once or twice.
+
+    Raises:
+        DataError: no batches, or NaN or Inf in an activation (the layer is named).
+    """
+    activations, warnings = calibrate(graph, units, settings, data)
+    bits = weight_bits(units, settings)
+    weights: dict[str, WeightQ] = {}
+    for unit in units:
+        if unit.weight is None:
+            continue
+        weight, bias = weight_of(graph, unit)
+        least = minimal_scale(bias, activations[unit.inputs[0].name].scale)
+        scale = torch.maximum(weight_scale(weight, bits[unit.name], settings), least)
+        weights[unit.name] = WeightQ(quantize_weight(weight, scale, bits[unit.name]), scale, bits[unit.name], bias.double())
+        if not weight.any():
+            warnings.append(f"layer {unit.name}: all weights are zero")
+    return Plan(units, activations, weights, unquantized, tuple(warnings))
+
+
+def weight_bits(units: Sequence[Unit], settings: Quantization) -> dict[str, int]:
+    """Weight bits of each weighted layer: scopes first, then the first and last layer, then the default."""
+    names = [u.name for u in units if u.weight is not None]
+    bits = dict.fromkeys(names, bits_of(settings.weights))
+    if settings.keep_first_last_8bit and names:
+        bits[names[0]] = bits[names[-1]] = 8
+    for name in names:
+        for pattern, kind in settings.scopes.items():
+            if re.fullmatch(pattern, name):
+                bits[name] = bits_of(kind)
+                break
+    return bits
+
+
+def minimal_scale(bias: Tensor, in_scale: float) -> Tensor:
+    """Smallest weight scale, float32 (channels,), with which the bias still fits its integer range."""
+    return (bias.abs().double() / (in_scale * _MAX_BIAS)).clamp(min=1e-9).float()
+
+
+def weight_scale(weight: Tensor, bits: int, settings: Quantization) -> Tensor:
+    """Symmetric scale, float32, one for each output channel (equal ones if not ``per_channel``)."""
+    qmax = (1 << (bits - 1)) - 1
+    flat = weight.detach().flatten(1).float() if settings.per_channel else weight.detach().float().reshape(1, -1)
+    scale = flat.abs().amax(1).clamp(min=1e-9) / qmax
+    if settings.weight_scale == "mse":
+        best = torch.full_like(scale, float("inf"))
+        largest = scale
+        for ratio in torch.linspace(0.4, 1.0, 61):
+            trial = (largest * ratio).unsqueeze(1)
+            error = (torch.round(flat / trial).clamp(-qmax, qmax) * trial - flat).square().sum(1)
+            scale = torch.where(error < best, trial.squeeze(1), scale)
+            best = torch.minimum(best, error)
+    return scale.expand(weight.shape[0]).contiguous()
+
+
+def quantize_weight(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """int8 tensor of the weight rounded to nearest, symmetric range of ``bits`` bits."""
+    qmax = (1 << (bits - 1)) - 1
+    shaped = scale.view(-1, *[1] * (weight.dim() - 1))
+    return torch.round(weight.detach() / shaped).clamp(-qmax, qmax).to(torch.int8)
+
+
+def calibrate(
+    graph: Graph, units: Sequence[Unit], settings: Quantization, data: Callable[[], Iterable[tuple[Tensor, ...]]]
+) -> tuple[dict[str, ActQ], list[str]]:
+    """Scale and zero point of every activation beside an integer layer, and warnings."""
+    groups = _groups(units)
+    observers = {root: Observer() for root in set(groups.values())}
+    watched: dict[str, str] = {}
+    inherited = {u.output.name for u in units if u.inherits}
+    fixed = {u.output.name: _FIXED[f] for u in units if (f := u.attributes.get("function")) in _FIXED}
+    for name, root in groups.items():
+        if name not in inherited and name not in fixed:
+            watched[name] = root
+    _observe(graph, watched, observers, data, "extend")
+    if settings.observer in ("percentile", "mse", "entropy"):
+        _observe(graph, watched, observers, data, "count")
+    bits = bits_of(settings.activations)
+    result: dict[str, ActQ] = {}
+    warnings: list[str] = []
+    for name, root in groups.items():
+        if root in fixed and bits == 8:
+            result[name] = fixed[root]
+            continue
+        observer = observers[root]
+        if name == root and observer.high <= observer.low:
+            warnings.append(f"layer {graph.names.get(name, name)}: its output was constant during calibration")
+        low, high = choose_range(observer, settings.observer, settings.percentile, bits, settings.symmetric_activations)
+        result[name] = quantization_of(low, high, bits, settings.symmetric_activations)
+    return result, warnings
+
+
+def _groups(units: Sequence[Unit]) -> dict[str, str]:
+    """Node name to the name of the node whose quantization it shares (union-find over inherited and joined outputs)."""
+    parent: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        parent.setdefault(name, name)
+        while parent[name] != name:
+            name = parent[name]
+        return name
+
+    fixed = {u.output.name for u in units if u.attributes.get("function") in _FIXED}
+    for unit in units:
+        for node in (*unit.inputs, unit.output):
+            find(node.name)
+        shared = unit.inputs[:1] if unit.inherits else unit.inputs if unit.kind == "qconcat" else ()
+        for node in shared:
+            if unit.kind == "qconcat" and find(node.name) in fixed:
+                continue
+            parent[find(unit.output.name)] = find(node.name)
+    return {name: find(name) for name in list(parent)}
+
+
+class _Watcher(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, see: Callable[[str, Tensor], None], names: Iterable[str]) -> None:
+        super().__init__(module)
+        self.see, self.names = see, set(names)
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.name in self.names:
+            self.see(n.name, result)
+        return result
+
+
+def _observe(
+    graph: Graph,
+    watched: Mapping[str, str],
+    observers: Mapping[str, Observer],
+    data: Callable[[], Iterable[tuple[Tensor, ...]]],
+    step: str,
+) -> None:
+    def see(name: str, value: Tensor) -> None:
+        if not torch.isfinite(value).all():
+            raise DataError(
+                f"calibration: NaN or Inf in the output of layer {graph.names.get(name, name)}; check the data's range"
+            )
+        getattr(observers[watched[name]], step)(value)
+
+    count = 0
+    with torch.no_grad():
+        for batch in _fit(graph, data()):
+            _Watcher(graph.module, see, watched).run(*batch)
+            count += len(batch[0])
+    if count == 0:
+        raise DataError("calibration data is empty; give at least one sample")
+
+
+def _fit(graph: Graph, batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """Check each batch against the model's inputs; one sample at a time where the graph's batch is fixed."""
+    for batch in batches:
+        shapes = [tuple(x.shape[1:]) for x in batch]
+        wanted = [tuple(x.shape[1:]) for x in graph.sample]
+        if shapes != wanted:
+            raise DataError(f"calibration: samples have shapes {shapes}, the model takes {wanted}")
+        if graph.dynamic_batch:
+            yield batch
+        else:
+            for i in range(len(batch[0])):
+                yield tuple(x[i : i + 1] for x in batch)

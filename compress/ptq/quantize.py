@@ -1,0 +1,82 @@
+"""Post-training quantization from end to end: capture, calibrate, round, freeze."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from edgekit.compress.capture import Graph, capture
+from edgekit.compress.ptq.freeze import freeze
+from edgekit.compress.ptq.plan import Plan, make_plan
+from edgekit.compress.ptq.settings import PTQ, QAT, Quantization
+from edgekit.compress.ptq.units import find_units
+from edgekit.data import Data, batches, first_sample
+from edgekit.frozen import FrozenProgram
+
+__all__ = ["Progress", "calibration_stream", "quantize", "quantize_model", "train"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, how much is done, how much there is)."""
+
+
+def quantize(
+    graph: Graph, settings: PTQ, data: Data, plan: Plan | None = None, progress: Progress | None = None
+) -> tuple[Graph, Plan]:
+    """Quantize a captured model after training.
+
+    Args:
+        plan: not used; quantization after training starts from the float weights.
+
+    Returns:
+        The graph that was quantized (equalized if asked for) and its plan.
+    """
+    torch.manual_seed(settings.seed)
+    units, unquantized = find_units(graph, settings.skip)
+    stream = calibration_stream(graph, settings, data, progress)
+    made = make_plan(graph, units, unquantized, settings, stream)
+    changes = {n: f"weights int{w.bits}, {settings.method}" for n, w in made.weights.items()}
+    return graph, replace(made, changes=changes)
+
+
+def train(
+    graph: Graph, settings: QAT, data: Data, plan: Plan | None = None, progress: Progress | None = None
+) -> tuple[Graph, Plan]:
+    """Train with quantization in the loop, from ``plan`` or from a calibration of its own."""
+    raise NotImplementedError
+
+
+def calibration_stream(
+    graph: Graph, settings: Quantization, data: Data, progress: Progress | None = None
+) -> Callable[[], Iterable[tuple[Tensor, ...]]]:
+    """Makes fresh streams of the first ``settings.samples`` calibration samples, labels dropped."""
+
+    def stream() -> Iterator[tuple[Tensor, ...]]:
+        done = 0
+        for batch in batches(data.calibration, settings.batch_size, inputs=len(graph.sample), what="calibration"):
+            part = tuple(t[: settings.samples - done] for t in batch)
+            yield part
+            done += len(part[0])
+            if progress:
+                progress("calibrate", done, settings.samples)
+            if done >= settings.samples:
+                return
+
+    return stream
+
+
+def quantize_model(
+    model: nn.Module, data: Data, settings: PTQ | None = None, *, name: str = "model", progress: Progress | None = None
+) -> FrozenProgram:
+    """Capture, quantize and freeze ``model``: the short way in Python.
+
+    Raises:
+        ModelError, DataError: the model or the data cannot be used; the message says why.
+    """
+    from edgekit.compress.steps import input_count
+
+    sample = first_sample(data.calibration, inputs=input_count(model, data), what="calibration")
+    graph, plan = quantize(capture(model, sample), settings or PTQ(), data, None, progress)
+    return freeze(graph, plan, name)

@@ -1,0 +1,89 @@
+"""Run the compression blocks of a recipe, in order, on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any, Protocol
+
+from torch import fx, nn
+
+from edgekit.compress.capture import capture
+from edgekit.compress.ptq.freeze import freeze
+from edgekit.compress.ptq.plan import Plan
+from edgekit.compress.ptq.quantize import Progress, quantize, train
+from edgekit.compress.ptq.settings import PTQ, QAT
+from edgekit.data import Data, first_sample
+from edgekit.errors import InputError
+from edgekit.frozen import FrozenProgram
+
+__all__ = ["Compressed", "apply", "input_count"]
+
+
+class _Block(Protocol):
+    @property
+    def kind(self) -> str: ...
+    @property
+    def settings(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A compressed model.
+
+    Attributes:
+        program: the frozen program.
+        simulation: the compressed model in float arithmetic (fake quantization), any batch size.
+        record: what was done, plain values for JSON: ``passes`` (kind, settings, layers changed), ``unquantized``, ``warnings``.
+    """
+
+    program: FrozenProgram
+    simulation: fx.GraphModule
+    record: dict[str, Any]
+
+
+def apply(
+    model: nn.Module, blocks: Sequence[_Block], data: Data, *, name: str = "model", progress: Progress | None = None
+) -> Compressed:
+    """Compress ``model`` by ``blocks``, each with a ``kind`` ("ptq", "qat") and its ``settings``.
+
+    Raises:
+        InputError: no blocks.
+        ModelError, DataError: see :func:`edgekit.compress.capture.capture` and :func:`edgekit.compress.ptq.plan.make_plan`.
+    """
+    if not blocks:
+        raise InputError("compress: no steps given; name at least one, such as `- ptq: {weights: int8}`")
+    from edgekit.compress.ptq.simulate import simulate
+
+    graph = capture(model, first_sample(data.calibration, inputs=input_count(model, data), what="calibration"))
+    plan: Plan | None = None
+    passes: list[dict[str, Any]] = []
+    for block in blocks:
+        step: Callable[..., tuple[Any, Plan]] = {"ptq": quantize, "qat": train}[block.kind]
+        graph, plan = step(graph, block.settings, data, plan, progress)
+        passes.append({"kind": block.kind, "settings": _plain(block.settings), "layers": dict(plan.changes)})
+    assert plan is not None
+    program = freeze(graph, plan, name)
+    record = {
+        "passes": passes,
+        "unquantized": [[u.layer, u.op, u.reason] for u in plan.unquantized],
+        "warnings": list(plan.warnings),
+    }
+    return Compressed(program, simulate(graph, plan), record)
+
+
+def input_count(model: nn.Module, data: Data) -> int | None:
+    """How many tensors of a calibration batch are the model's inputs; the rest are labels."""
+    if data.evaluation is not None:
+        x = data.evaluation[0]
+        return len(x) if isinstance(x, tuple | list) else 1
+    import inspect
+
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return sum(p.default is p.empty for p in parameters) or None
+
+
+def _plain(settings: PTQ | QAT) -> dict[str, Any]:
+    return asdict(settings) if is_dataclass(settings) else dict(settings)

@@ -15,8 +15,9 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
 
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
         super().__init__(graph)
-        self.root, self.layer, self.constants = root, "", 0
+        self.root, self.layer, self.constants, self.channels = root, "", 0, 0
 
     def constant(self, value: Tensor) -> fx.Proxy:
         name = f"c{self.constants}"
@@ -66,6 +67,38 @@ class _TracedStyle(qdq.Style):
         return _Q.dequantize_per_channel(_Q.quantize_per_channel(real, *args, torch.int8), *args, torch.int8)
 
 
+def _reshape(x: Tensor, shape: Sequence[int], scale: float, zero_point: int) -> Tensor:
+    """reshape, not view: the converter's layout pass has changed the strides by then."""
+    style = qdq.Style()
+    return style.quantize(torch.ops.aten.reshape.default(style.dequantize(x, scale, zero_point), shape), scale, zero_point)
+
+
+def _lut(x: Tensor, table: Tensor, function: str, i_s: float, i_z: int, o_s: float, o_z: int) -> Tensor:
+    """A placeholder that stays one int8 operator whatever the scales; the finish puts the function or the table in its place."""
+    style = qdq.Style()
+    return style.quantize(torch.ops.aten.gelu.default(style.dequantize(x, i_s, i_z)), o_s, o_z)
+
+
+def _avg_pool(
+    style: _TracedStyle, plain: Callable[..., Tensor], x: Tensor, i_s: float, i_z: int, o_s: float, o_z: int,
+    kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil_mode: bool, count_include_pad: bool,
+) -> Tensor:  # fmt: skip
+    """Average pooling to another scale is a depthwise convolution with ones: TFLite's pool cannot rescale."""
+    if (i_s, i_z) == (o_s, o_z) or ceil_mode or (any(padding) and not count_include_pad) or style.tracer is None:
+        return plain(x, i_s, i_z, o_s, o_z, kernel, stride, padding, ceil_mode, count_include_pad)
+    channels, area = style.tracer.channels, kernel[0] * kernel[1]
+    weight = style.weight(torch.ones(channels, 1, *kernel, dtype=torch.int8), torch.full((channels,), 1.0 / area), 8)
+    y = torch.ops.aten.convolution.default(
+        style.dequantize(x, i_s, i_z), weight, torch.zeros(channels), stride, padding, [1, 1], False, [0, 0], channels
+    )
+    return style.quantize(y, o_s, o_z)
+
+
+def _channels(node: fx.Node) -> int:
+    value = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], fx.Node) else None
+    return int(value.shape[1]) if value is not None and value.dim() > 1 else 0
+
+
 def trace(program: FrozenProgram, channel_last: bool) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
     """The program as a module of float operators between quantize and dequantize, and example inputs for it.
 
@@ -74,7 +107,10 @@ def trace(program: FrozenProgram, channel_last: bool) -> tuple[fx.GraphModule, t
     """
     root, graph = nn.Module(), fx.Graph()
     tracer = _Tracer(graph, root)
-    rules = qdq.rules(_TracedStyle(integer_weights=False, tracer=tracer))
+    own = {"qreshape": _reshape, "qlut": _lut}
+    style = _TracedStyle(integer_weights=False, rules=own, tracer=tracer)
+    rules = qdq.rules(style)
+    rules["qavg_pool2d"] = partial(_avg_pool, style, rules["qavg_pool2d"])
     names = {layer.node: layer.name for layer in program.layers}
     values: dict[fx.Node, Any] = {}
     samples: list[Tensor] = []
@@ -94,6 +130,7 @@ def trace(program: FrozenProgram, channel_last: bool) -> tuple[fx.GraphModule, t
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             if node.name in names:
+                tracer.channels = _channels(node)
                 values[node] = rules[node.target._schema.name.split("::")[1]](*args, **kwargs)
             else:
                 values[node] = tracer.create_proxy(node.op, node.target, args, kwargs)

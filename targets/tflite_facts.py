@@ -12,9 +12,12 @@ from edgekit.artifact import Coverage, Mismatch, TensorSpec
 from edgekit.frozen import FrozenProgram, Layer
 from edgekit.frozen.ops import activation_bounds
 from edgekit.targets.tflite_file import Op, Tensor, TfliteFile, enum_names
-from edgekit.targets.tflite_finish import LAYOUTS, WEIGHTED, same_quantization
+from edgekit.targets.tflite_finish import LAYOUTS, WEIGHTED
 
 __all__ = ["channel_last_inputs", "compare", "coverage", "layouts", "memory", "notes", "spec"]
+
+_MOVING = ("RESHAPE", "TRANSPOSE", "SLICE", "STRIDED_SLICE", "SPLIT", "CONCATENATION", "PAD", "GATHER", "SQUEEZE", "EXPAND_DIMS")
+"""Operators that move values without changing them."""
 
 _VIEWS = ("qpad", "qreshape", "qpermute", "qslice", "dequantize")
 """Layers that may leave no trace in the file: merged into a neighbour with the same scale, or done by the caller."""
@@ -42,6 +45,9 @@ def compare(file: TfliteFile, program: FrozenProgram) -> list[Mismatch]:
         found += [Mismatch(layer.name, "type", f"{t.dtype} in {op.kind}", "INT8") for op, t in _islands(file, layer, mine)]
         if layer.weight_bits is not None:
             found += _weighted(file, layer, mine)
+        table = next((t for t in file.tensors if t.name == f"{layer.name}/table"), None)
+        if layer.op == "qlut" and table is not None:
+            found += _array(layer, "table", table.values(), layer.args["table"].numpy())
     if all(node.op != "call_function" or str(node.target).startswith("edgekit.") for node in program.module.graph.nodes):
         strange = [op for op in ops.get("", []) if any(t.dtype == "FLOAT32" for t in file.activations(op))]
         found += [Mismatch(f"{op.kind}#{op.index}", "operator", "a float operator", "no float operator") for op in strange]
@@ -138,7 +144,12 @@ def _clamp(file: TfliteFile, layer: Layer, op: Op) -> Iterator[Mismatch]:
 def coverage(file: TfliteFile, program: FrozenProgram, delegated: frozenset[int]) -> tuple[Coverage, ...]:
     """How each frozen layer runs, then every operator that is none of theirs; ``delegated``: positions of XNNPACK's operators."""
     ops = _by_owner(file)
-    rows = [_layer_row(file, layer, ops.pop(layer.name, []), delegated) for layer in program.layers]
+    *body, output = program.module.graph.nodes
+    results = {getattr(node, "name", "") for node in output.args[0]}
+    given = {user.name for node in body if node.op == "placeholder" for user in node.users}
+    rows = [
+        _layer_row(file, layer, ops.pop(layer.name, []), delegated, layer.node in given | results) for layer in program.layers
+    ]
     for owner, rest in ops.items():
         for op in rest:
             name = owner.removeprefix("~") or f"{op.kind}#{op.index}"
@@ -146,9 +157,9 @@ def coverage(file: TfliteFile, program: FrozenProgram, delegated: frozenset[int]
     return tuple(rows)
 
 
-def _layer_row(file: TfliteFile, layer: Layer, ops: list[Op], delegated: frozenset[int]) -> Coverage:
+def _layer_row(file: TfliteFile, layer: Layer, ops: list[Op], delegated: frozenset[int], border: bool) -> Coverage:
     if not ops:
-        by_caller = layer.op in ("quantize", "dequantize")
+        by_caller = border and layer.op in ("quantize", "dequantize")
         note = "left to the caller: the file's input or output is int8" if by_caller else "merged into its neighbour"
         return Coverage(layer.name, "", "int8", note=note)
     main = next((op for op in ops if op.kind in WEIGHTED), ops[-1])
@@ -197,9 +208,13 @@ def notes(file: TfliteFile, program: FrozenProgram) -> tuple[str, ...]:
     ops = _by_owner(file)
     for layer in program.layers:
         if layer.op == "quantize":
-            names = [op.kind for op in ops.get(layer.name, []) if op.kind != "QUANTIZE"]
+            names = [op.kind for op in ops.get(layer.name, []) if op.kind not in ("QUANTIZE", *_MOVING)]
             if names:
                 found.append(f"float operator(s) before {layer.name} became int8: {', '.join(names)}")
+    for owner, rest in ops.items():
+        names = [op.kind for op in rest if op.kind not in ("QUANTIZE", "DEQUANTIZE", *_MOVING)]
+        if owner.startswith("~") and names and all(t.dtype == "INT8" for op in rest for t in file.activations(op)):
+            found.append(f"float operator {owner[1:]} became int8: {', '.join(names)}")
     permuted = {layer.name for layer in program.layers if layer.op == "qpermute"}
     added = [op for op in file.ops if op.kind == "TRANSPOSE" and _owner(file, op) not in permuted and _owner(file, op)[:1] != "~"]
     if added:
@@ -210,7 +225,7 @@ def notes(file: TfliteFile, program: FrozenProgram) -> tuple[str, ...]:
 
 def spec(tensor: Tensor) -> TensorSpec:
     """An input or output as the artefact states it."""
-    return TensorSpec(tensor.name, tensor.shape, tensor.numpy_dtype, tensor.scale, tensor.zero_point)
+    return TensorSpec(tensor.name.removeprefix("~"), tensor.shape, tensor.numpy_dtype, tensor.scale, tensor.zero_point)
 
 
 def channel_last_inputs(file: TfliteFile) -> tuple[bool, ...]:
@@ -258,8 +273,3 @@ def memory(file: TfliteFile) -> dict[str, int]:
     )
     constants = {id(b): b for b in file.model.buffers if b.data is not None}
     return {"constant_bytes": sum(len(b.data) for b in constants.values()), "activation_peak_bytes": peak}
-
-
-def quantizes(tensor: Tensor, layer: Layer) -> bool:
-    """True if the tensor holds the layer's integers."""
-    return tensor.dtype == "INT8" and same_quantization(tensor, layer)

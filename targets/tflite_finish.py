@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from edgekit.frozen import FrozenProgram, Layer
-from edgekit.targets.tflite_file import Op, TfliteFile, enum_names, pack, parse, schema, serialize
+from edgekit.targets.tflite_edit import add_operator, add_tensor, restore_scales, write_luts
+from edgekit.targets.tflite_file import Op, TfliteFile, pack, parse, schema, serialize
 
 __all__ = ["LAYOUTS", "WEIGHTED", "finish", "same_quantization"]
 
@@ -49,6 +50,9 @@ def finish(content: bytes, program: FrozenProgram, *, channel_last: bool, float_
     for tensor in file.tensors:
         graph.tensors[tensor.index].name = names.get(tensor.index, "").encode()
     _constants(file, program, owners, packed)
+    layers = {layer.name: layer for layer in program.layers}
+    write_luts(model, layers)
+    restore_scales(model, layers)
     if float_io:
         _float_io(file, model, program, names)
     model.description, model.metadata, graph.name = None, [], None
@@ -73,7 +77,25 @@ def _owners(file: TfliteFile, program: FrozenProgram) -> dict[int, str]:
         exact = [label for label in found if label in layers and same_quantization(tensor, layers[label])]
         if tensor.data is None and found:
             owners[tensor.index] = max(exact or found, key=rank.__getitem__)
-    return owners | _io_owners(file, program)
+    owners |= _io_owners(file, program)
+    return owners | _moved_quantizers(file, program, owners)
+
+
+def _moved_quantizers(file: TfliteFile, program: FrozenProgram, owners: Mapping[int, str]) -> dict[int, str]:
+    """The converter moves a quantize in front of reshapes and transposes, or makes the float operator before it int8: then
+    the quantize's integers are what its consumer reads."""
+    names = {layer.node: layer.name for layer in program.layers}
+    nodes = {node.name: node for node in program.module.graph.nodes}
+    present, found = set(owners.values()), {}
+    for layer in program.layers:
+        if layer.op != "quantize" or layer.name in present:
+            continue
+        users = {names[user.name] for user in nodes[layer.node].users if user.name in names}
+        for op in file.ops:
+            for index in op.inputs if owners.get(op.outputs[0]) in users else ():
+                if file.tensors[index].data is None and same_quantization(file.tensors[index], layer):
+                    found[index] = layer.name
+    return found
 
 
 def _io_owners(file: TfliteFile, program: FrozenProgram) -> dict[int, str]:
@@ -201,14 +223,15 @@ def _float_io(file: TfliteFile, model: Any, program: FrozenProgram, names: Mappi
     inputs, outputs = list(file.inputs), list(file.outputs)
     first, last = [], []
     for i, index in enumerate(file.inputs):
-        if file.tensors[index].dtype == "INT8" and names[index] in layers:
-            inputs[i] = _float_like(graph, index, placeholders[i].name)
-            first.append(_unary(model, "QUANTIZE", 1, inputs[i], index))
+        if file.tensors[index].dtype == "INT8" and names[index].split("/")[0] in layers:
+            inputs[i] = add_tensor(graph, placeholders[i].name, graph.tensors[index], "FLOAT32")
+            first.append(add_operator(model, "QUANTIZE", 1, [inputs[i]], [index], "QuantizeOptions"))
     for i, index in enumerate(file.outputs):
         result = nodes[-1].args[0][i]
         if file.tensors[index].dtype == "INT8" and str(result.target).startswith("edgekit.dequantize"):
-            outputs[i] = _float_like(graph, index, next(la.name for la in program.layers if la.node == result.name))
-            last.append(_unary(model, "DEQUANTIZE", 2, index, outputs[i]))
+            name = next(layer.name for layer in program.layers if layer.node == result.name)
+            outputs[i] = add_tensor(graph, name, graph.tensors[index], "FLOAT32")
+            last.append(add_operator(model, "DEQUANTIZE", 2, [index], [outputs[i]], "DequantizeOptions"))
     graph.operators = [*first, *graph.operators, *last]
     graph.inputs, graph.outputs = inputs, outputs
     for signature in model.signatureDefs or []:
@@ -220,26 +243,3 @@ def _redirect(entries: Sequence[Any], old: Sequence[int], new: Sequence[int]) ->
     moved = dict(zip(old, new, strict=True))
     for entry in entries:
         entry.tensorIndex = moved.get(int(entry.tensorIndex), int(entry.tensorIndex))
-
-
-def _float_like(graph: Any, index: int, name: str) -> int:
-    tensor = schema().TensorT()
-    tensor.shape, tensor.name, tensor.type, tensor.hasRank = graph.tensors[index].shape, name.encode(), 0, True
-    graph.tensors.append(tensor)
-    return len(graph.tensors) - 1
-
-
-def _unary(model: Any, kind: str, version: int, source: int, result: int) -> Any:
-    """A new operator with one input and one output; its opcode is added where the file lacks it."""
-    code = {name: value for value, name in enum_names("BuiltinOperator").items()}[kind]
-    for place, known in enumerate(model.operatorCodes):
-        if max(known.builtinCode, known.deprecatedBuiltinCode) == code and known.version == version:
-            break
-    else:
-        opcode = schema().OperatorCodeT()
-        opcode.builtinCode, opcode.deprecatedBuiltinCode, opcode.version = code, min(code, 127), version
-        model.operatorCodes.append(opcode)
-        place = len(model.operatorCodes) - 1
-    op = schema().OperatorT()
-    op.opcodeIndex, op.inputs, op.outputs = place, [source], [result]
-    return op

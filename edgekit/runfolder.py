@@ -225,6 +225,7 @@ _REASONS = {
     errno.EPERM: "no permission to write there; choose another folder",
     errno.EFBIG: "a file grew over the limit of this process; raise the limit or choose another folder",
     errno.EBUSY: "it is a mount point; choose a folder below it",
+    errno.EEXIST: "a part of the path is a file; choose another folder",
     errno.ENOTDIR: "a part of the path is a file; choose another folder",
 }
 

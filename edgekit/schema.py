@@ -59,7 +59,8 @@ def tables() -> str:
     parts |= {f"Options of `{name}`": get(name).Options for name in TARGETS}
     text = ""
     for title, kind in parts.items():
-        found, texts = _definition(kind, {})["properties"], attributes(kind)
+        properties, texts = _definition(kind, {})["properties"], attributes(kind)
+        found = {f.name: properties[f.name] for f in dataclasses.fields(kind)}
         rows = [f"| `{n}` | {_allowed(v)} | {_default(v)} | {texts.get(n, '').replace('``', '`')} |" for n, v in found.items()]
         text += "\n".join([f"## {title}", "", "| key | allowed | default | meaning |", "|---|---|---|---|", *rows, "", ""])
     return text.rstrip() + "\n"

@@ -127,8 +127,10 @@ def _value(stage: Stage, field: str) -> float | None:
 
 def _stage(stage: Stage, parity: Parity) -> dict[str, Any]:
     """A row: text of each field, and whether its bytes are measured."""
-    own = {"float": ("agreement_float", "sqnr_float_db")}.get(stage.name, ())
-    own = {"frozen": ("agreement_frozen", "max_lsb", "mean_lsb", "sqnr_frozen_db")}.get(stage.name, own)  # itself: says nothing
+    own = {  # a stage compared with itself says nothing
+        "float": {"agreement_float", "sqnr_float_db"},
+        "frozen": {"agreement_frozen", "max_lsb", "mean_lsb", "sqnr_frozen_db"},
+    }.get(stage.name, set())
     text = {field: "" if field in own else _text(field, _value(stage, field), parity) for field, *_ in _STAGE_COLUMNS}
     return {"name": stage.name, "text": text, "bytes_how": "measured" if stage.bytes_measured else "modelled"}
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from torch import fx, nn
 
-from edgekit.compress.capture import capture
+from edgekit.compress.capture import Graph, capture
 from edgekit.compress.ptq.freeze import freeze
 from edgekit.compress.ptq.plan import Plan
 from edgekit.compress.ptq.quantize import Progress, quantize, train
-from edgekit.compress.ptq.settings import PTQ, QAT
 from edgekit.data import Data, first_sample
 from edgekit.errors import InputError
 from edgekit.frozen import FrozenProgram
@@ -59,9 +58,9 @@ def apply(
     plan: Plan | None = None
     passes: list[dict[str, Any]] = []
     for block in blocks:
-        step: Callable[..., tuple[Any, Plan]] = {"ptq": quantize, "qat": train}[block.kind]
+        step: Callable[..., tuple[Graph, Plan]] = quantize if block.kind == "ptq" else train
         graph, plan = step(graph, block.settings, data, plan, progress)
-        passes.append({"kind": block.kind, "settings": _plain(block.settings), "layers": dict(plan.changes)})
+        passes.append({"kind": block.kind, "settings": asdict(block.settings), "layers": dict(plan.changes)})
     assert plan is not None
     program = freeze(graph, plan, name)
     record = {
@@ -83,7 +82,3 @@ def input_count(model: nn.Module, data: Data) -> int | None:
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return None
     return sum(p.default is p.empty for p in parameters) or None
-
-
-def _plain(settings: PTQ | QAT) -> dict[str, Any]:
-    return asdict(settings) if is_dataclass(settings) else dict(settings)

@@ -104,8 +104,8 @@ def _percentile(observer: Observer, percentile: float) -> tuple[float, float]:
     share = np.cumsum(observer.counts) / max(observer.counts.sum(), 1)
     cut = (100 - percentile) / 100
     centers = observer.centers()
-    low = observer.low if observer.low >= 0 else float(centers[np.searchsorted(share, cut)])
-    high = observer.high if observer.high <= 0 else float(centers[min(np.searchsorted(share, 1 - cut), BINS - 1)])
+    low = observer.low if observer.low >= 0 else float(centers[int(np.searchsorted(share, cut))])
+    high = observer.high if observer.high <= 0 else float(centers[min(int(np.searchsorted(share, 1 - cut)), BINS - 1)])
     return min(low, 0.0), max(high, 0.0)
 
 

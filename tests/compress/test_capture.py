@@ -1,0 +1,101 @@
+"""Capture: the flat graph computes what the eager model computes, and bad models are refused in one sentence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from float_models import SHAPES, Functional, Modules, PreActivation, Waves, build
+from torch import Tensor, nn
+
+from edgekit.compress.canonical import ATEN
+from edgekit.compress.capture import capture
+from edgekit.errors import ModelError
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_graph_equals_eager_at_any_batch_size(kind: type[nn.Module]) -> None:
+    model, x = build(kind)
+    graph = capture(model, (x[:1],))
+    assert graph.dynamic_batch
+    with torch.no_grad():
+        for n in (1, 2, 5):
+            torch.testing.assert_close(graph.module(x[:n]), model(x[:n]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Modules, Functional, Waves, PreActivation])
+def test_batch_norm_and_dropout_are_gone(kind: type[nn.Module]) -> None:
+    model, x = build(kind)
+    targets = {str(n.target) for n in capture(model, (x[:1],)).module.graph.nodes}
+    assert not any("batch_norm" in t or "dropout" in t or "conv1d" in t for t in targets)
+
+
+def test_the_model_is_not_changed() -> None:
+    model, x = build(Modules)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    capture(model, (x[:1],))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_names_are_those_of_the_source_and_lines_are_known() -> None:
+    model, x = build(Functional)
+    graph = capture(model, (x[:1],))
+    names = set(graph.names.values())
+    assert {"a", "b", "fc", "add"} <= names
+    assert len(names) == len(graph.names)
+    assert graph.sources["b"].startswith("float_models.py:")
+
+
+def test_symmetric_padding_goes_into_the_conv() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(nn.functional.pad(x, (2, 2, 1, 1)))
+
+    model, x = Padded().eval(), torch.randn(2, 3, 8, 8)
+    graph = capture(model, (x,))
+    (conv,) = [n for n in graph.module.graph.nodes if n.target == ATEN.conv2d.default]
+    assert list(conv.args[4]) == [2, 3]
+    torch.testing.assert_close(graph.module(x), model(x))
+
+
+def test_shared_weights_are_not_folded_twice() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(x)) + self.conv(x)
+
+    torch.manual_seed(0)
+    model, x = Shared().eval(), torch.randn(2, 3, 8, 8)
+    model.bn.running_mean.normal_()
+    torch.testing.assert_close(capture(model, (x,)).module(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_nan_weights_are_named() -> None:
+    model, x = build(Modules)
+    model.features[3].weight.data[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ModelError, match=r"features\.3\.weight holds 1 NaN"):
+        capture(model, (x[:1],))
+
+
+def test_a_branch_on_data_is_explained() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.sum() > 0 else x
+
+    with pytest.raises(ModelError, match=r"branches on the value of a tensor.*torch\.(where|cond)"):
+        capture(Branch(), (torch.randn(1, 4),))
+
+
+def test_a_dictionary_is_refused() -> None:
+    class Answers(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, object]:
+            return {"y": x * 2, "n": 3}
+
+    with pytest.raises(ModelError, match="return one tensor or a tuple of tensors"):
+        capture(Answers(), (torch.randn(1, 4),))

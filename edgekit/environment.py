@@ -23,7 +23,6 @@ PACKAGES: Mapping[str, str] = {
     "onnx": "onnx",
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
-    "plotly": "report",
 }
 """Packages whose version can change a result, and the extra that brings them ("" for those always there)."""
 

@@ -68,7 +68,8 @@ def render(folder: Path) -> str:
         artifacts=parity.artifacts,
         layers=_layers(program, parity),
         totals=_totals(program),
-        passes=_passes(_json(folder / "compress.json")),
+        passes=_passes(record := _json(folder / "compress.json")),
+        warnings=record.get("warnings", []) if isinstance(record, Mapping) else [],
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
         unquantized=[(u.layer, u.op, u.reason, program.sources.get(u.layer, "")) for u in program.unquantized],
         environment=_flat(_json(folder / "env.json")),
@@ -242,20 +243,20 @@ def _passes(record: Any) -> list[dict[str, Any]]:
         title = next((str(entry.pop(k)) for k in ("name", "kind", "pass") if k in entry), f"pass {number}")
         tables, facts, notes = [], [], [str(n) for n in entry.pop("notes", []) or []]
         for key, value in entry.items():
-            rows = _rows(value)
+            rows = _rows(key, value)
             if rows:
                 heads = list(dict.fromkeys(k for row in rows for k in row))
                 tables.append({"title": key, "heads": heads, "rows": [[_plain(row.get(h, "")) for h in heads] for row in rows]})
             else:
-                facts += _flat({key: value})
+                facts += _flat(value if key == "settings" else {key: value})
         passes.append({"title": title, "facts": facts, "tables": tables, "notes": notes})
     return passes
 
 
-def _rows(value: Any) -> list[Mapping[str, Any]]:
-    """A list of mappings, or a mapping of names to mappings, as table rows; else nothing."""
-    if isinstance(value, Mapping) and value and all(isinstance(v, Mapping) for v in value.values()):
-        return [{"layer": k, **v} for k, v in value.items()]
+def _rows(key: str, value: Any) -> list[Mapping[str, Any]]:
+    """What a pass did to each layer, as table rows: a list of mappings, a mapping of mappings, or of texts; else nothing."""
+    if isinstance(value, Mapping) and value and key == "layers":
+        return [{"layer": k, **(v if isinstance(v, Mapping) else {"change": v})} for k, v in value.items()]
     if isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
         return value
     return []

@@ -6,7 +6,6 @@ bytes at the offsets that the ``.pte`` reader reports. The layer is ``block.pw``
 
 from __future__ import annotations
 
-import importlib
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +14,12 @@ import numpy as np
 import pytest
 from nets import images, residual_net
 
+from edgekit import verify
 from edgekit.frozen import FrozenProgram
 from edgekit.parity import ArtifactParity
 from edgekit.recipe import Verify
 from edgekit.stages import Evaluation
 from edgekit.targets import get
-
-verify = importlib.import_module("edgekit.verify")  # the package has a function of this name too
 
 LAYER = "block.pw"
 FAULTS = ("weight", "scale", "zero point", "bias")

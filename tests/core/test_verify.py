@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from fake_target import FakeTarget, altered
 from nets import images, residual_net
 from torch import nn
 
+from edgekit import verify
 from edgekit.artifact import Mismatch
 from edgekit.data import Data
 from edgekit.errors import DataError, FormatError, InputError, MissingTool, ParityError
@@ -32,7 +32,6 @@ from edgekit.stages import (
     spread,
 )
 
-verify = importlib.import_module("edgekit.verify")  # the package has a function of this name too
 ANY = Verify(max_accuracy_drop=None)
 
 

@@ -212,8 +212,12 @@ def main() -> None:
 
 def _finish(json: bool, verb: Any, *args: Any, **kwargs: Any) -> None:
     """Run a verb of the pipeline with progress, print its outcome, and exit with 1 if a check failed."""
-    with console.progress_bars(quiet=json) as progress:
-        outcome = verb(*args, **kwargs, progress=progress)
+    try:
+        with console.progress_bars(quiet=json) as progress:
+            outcome = verb(*args, **kwargs, progress=progress)
+    except KeyboardInterrupt:
+        console.error("interrupted; the run folder is as it was, and finished stages are kept")
+        raise typer.Exit(130) from None
     if json:
         console.print_json(_plain(outcome))
     else:

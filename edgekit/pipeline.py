@@ -9,9 +9,9 @@ one step when everything is made (:mod:`edgekit.runfolder`).
 from __future__ import annotations
 
 import hashlib
+import json
 import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,28 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgekit import cache, environment, recipe, runfolder, source
+from edgekit import environment, recipe, runfolder, source
 from edgekit.data import Data, fingerprint
 from edgekit.errors import InputError, MissingTool
 from edgekit.files import sha256, write_json, write_whole
 from edgekit.recipe import Recipe, Target
+from edgekit.stage_runner import Progress, StageNote, Stages
 
 if TYPE_CHECKING:
     from edgekit.parity import Parity
 
-__all__ = ["Outcome", "StageNote", "compress", "export", "report", "run", "verify"]
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what runs, done, in all); in all is 0 where it is not known."""
-
-
-@dataclass(frozen=True)
-class StageNote:
-    """What became of a stage: "made" or "cached" (taken from the stage cache), and the seconds it took."""
-
-    name: str
-    state: str
-    seconds: float
+__all__ = ["Outcome", "Progress", "compress", "export", "report", "run", "verify"]
 
 
 @dataclass(frozen=True)
@@ -103,13 +92,13 @@ def export(
     _require(chosen)
     known = {t.name: t for t in (*settings.targets, *chosen)}
     with runfolder.staged(folder, keep=True) as work:
-        stages = _Stages(work, resume, progress)
+        stages = Stages(work, resume, progress)
         for target in chosen:
             _lower(stages, target)
         for stale in ("parity.json", "report.html"):
             (work / stale).unlink(missing_ok=True)
         write_whole(work / "recipe.yaml", recipe.dump(recipe.replace(settings, targets=tuple(known.values())), Path(folder)))
-    return stages.outcome(folder)
+    return _outcome(stages, folder)
 
 
 def verify(
@@ -128,20 +117,20 @@ def verify(
     except InputError as error:
         warnings.append(f"the recipe's data cannot be loaded ({error}); verified on the samples stored in the run")
     with runfolder.staged(folder, keep=True) as work:
-        stages = _Stages(work, False, progress)
+        stages = Stages(work, False, progress)
         (work / "report.html").unlink(missing_ok=True)
         with stages.timed("verify"):
             parity = _verify(stages, settings, data, targets)
-    return replace(stages.outcome(folder), parity=parity, warnings=(*warnings, *stages.warnings))
+    return replace(_outcome(stages, folder), parity=parity, warnings=(*warnings, *stages.warnings))
 
 
 def report(folder: Path, *, progress: Progress | None = None) -> Outcome:
     """Write ``report.html`` of a run folder that was verified."""
     runfolder.open_run(folder, "frozen.pt2", "parity.json")
     with runfolder.staged(folder, keep=True) as work:
-        stages = _Stages(work, False, progress)
+        stages = Stages(work, False, progress)
         _report(stages)
-    return stages.outcome(folder)
+    return _outcome(stages, folder)
 
 
 def _make(
@@ -153,7 +142,7 @@ def _make(
         _require(settings.targets)
     parity = None
     with runfolder.staged(out) as work:
-        stages = _Stages(work, resume, progress)
+        stages = Stages(work, resume, progress)
         with stages.timed("load"):
             loaded = _load(settings)
         _compress(stages, settings, loaded)
@@ -165,7 +154,7 @@ def _make(
             if settings.targets:
                 parity = _verified(stages, settings, loaded)
                 _report(stages)
-    return replace(stages.outcome(out), parity=parity)
+    return replace(_outcome(stages, out), parity=parity)
 
 
 @dataclass(frozen=True)
@@ -188,54 +177,8 @@ class _Loaded:
         }
 
 
-class _Stages:
-    """Runs stages in a folder, through the cache, and notes what became of each."""
-
-    def __init__(self, folder: Path, resume: bool, progress: Progress | None) -> None:
-        self.folder, self.resume = folder, resume
-        self.notes: list[StageNote] = []
-        self.warnings: list[str] = []
-        self._progress = progress
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        if self._progress:
-            self._progress(what, done, total)
-
-    def timed(self, name: str) -> _Timer:
-        return _Timer(self, name)
-
-    def cached(self, name: str, inputs: dict[str, Any], make: Callable[[], Sequence[str]]) -> None:
-        """Take the stage's files from the cache, or ``make`` them in the folder (it returns their names) and store them."""
-        with self.timed(name) as timer:
-            entry = cache.key(name, inputs)
-            if self.resume and cache.take(entry, self.folder) is not None:
-                timer.state = "cached"
-                return
-            made = make()
-            try:
-                cache.put(entry, self.folder, made)
-            except InputError as error:
-                self.warnings.append(f"{error}; {name} would have to run again after an interruption")
-
-    def outcome(self, folder: Path) -> Outcome:
-        return Outcome(Path(folder), tuple(self.notes), warnings=tuple(dict.fromkeys(self.warnings)))
-
-
-class _Timer:
-    """Notes a stage when it ends without an error."""
-
-    def __init__(self, stages: _Stages, name: str) -> None:
-        self.stages, self.name, self.state = stages, name, "made"
-
-    def __enter__(self) -> _Timer:
-        self.start = time.perf_counter()
-        self.stages.progress(self.name, 0, 0)
-        return self
-
-    def __exit__(self, kind: object, *rest: object) -> None:
-        if kind is None:
-            self.stages.notes.append(StageNote(self.name, self.state, round(time.perf_counter() - self.start, 3)))
-            self.stages.progress(self.name, 1, 1)
+def _outcome(stages: Stages, folder: Path) -> Outcome:
+    return Outcome(Path(folder), tuple(stages.notes), warnings=tuple(dict.fromkeys(stages.warnings)))
 
 
 def _seed(seed: int) -> None:
@@ -263,15 +206,17 @@ def _load(settings: Recipe) -> _Loaded:
     return _Loaded(model, data, source.sample_inputs(model, data), settings.seed, text)
 
 
-def _compress(stages: _Stages, settings: Recipe, loaded: _Loaded) -> None:
-    """``stage_float.npz``, ``frozen.pt2`` and ``compress.json``."""
+def _compress(stages: Stages, settings: Recipe, loaded: _Loaded) -> None:
+    """``stage_float.npz``, then ``frozen.pt2``, ``stage_compressed.npz`` and ``compress.json``."""
     from edgekit import stages as outputs
 
-    def evaluate() -> list[str]:
+    def evaluate(name: str, model: nn.Module, *, simulated: bool = False) -> str:
+        def progress(done: int, total: int) -> None:
+            stages.progress(f"{name} model", done, total)
+
         evaluation = outputs.evaluation_set(loaded.data, len(loaded.sample))
-        progress = lambda done, total: stages.progress("float model", done, total)  # noqa: E731
-        outputs.save_stage(stages.folder, outputs.evaluate_stage("float", loaded.model, evaluation, progress=progress))
-        return ["stage_float.npz"]
+        found = outputs.evaluate_stage(name, model, evaluation, simulated=simulated, progress=progress)
+        return outputs.save_stage(stages.folder, found).name
 
     def quantize() -> list[str]:
         from edgekit.compress import apply
@@ -281,14 +226,15 @@ def _compress(stages: _Stages, settings: Recipe, loaded: _Loaded) -> None:
         made = apply(loaded.model, settings.compress, loaded.data, name=settings.name, progress=stages.progress)
         save(made.program, stages.folder / "frozen.pt2")
         write_json(stages.folder / "compress.json", made.record)
-        return ["frozen.pt2", "compress.json"]
+        return ["frozen.pt2", "compress.json", evaluate("compressed", made.simulation, simulated=True)]
 
-    stages.cached("float", loaded.keys, evaluate)
+    stages.cached("float", loaded.keys, lambda: [evaluate("float", loaded.model)])
     blocks = [[b.kind, asdict(b.settings)] for b in settings.compress]
     stages.cached("compress", {**loaded.keys, "blocks": blocks, "name": settings.name, "seed": settings.seed}, quantize)
+    stages.warnings += json.loads((stages.folder / "compress.json").read_text())["warnings"]
 
 
-def _lower(stages: _Stages, target: Target) -> None:
+def _lower(stages: Stages, target: Target) -> None:
     """``model.<suffix>`` and ``export_<target>.json``."""
     from edgekit.targets import get
 
@@ -307,7 +253,7 @@ def _lower(stages: _Stages, target: Target) -> None:
     stages.cached(f"lower {target.name}", inputs, make)
 
 
-def _verified(stages: _Stages, settings: Recipe, loaded: _Loaded) -> Parity:
+def _verified(stages: Stages, settings: Recipe, loaded: _Loaded) -> Parity:
     """The verify stage of a whole run, through the cache."""
     from edgekit.parity import Parity
 
@@ -321,13 +267,13 @@ def _verified(stages: _Stages, settings: Recipe, loaded: _Loaded) -> Parity:
     return Parity.load(stages.folder / "parity.json")
 
 
-def _verify(stages: _Stages, settings: Recipe, data: Data | None, targets: Sequence[str] | None) -> Parity:
+def _verify(stages: Stages, settings: Recipe, data: Data | None, targets: Sequence[str] | None) -> Parity:
     from edgekit.verify import verify_run
 
     return verify_run(stages.folder, data, settings.verify, stages.progress, targets)
 
 
-def _report(stages: _Stages) -> None:
+def _report(stages: Stages) -> None:
     from edgekit.report import write_report
 
     with stages.timed("report"):

@@ -1,0 +1,234 @@
+"""The pipeline: the same inputs give the same bytes, whatever happened before; a failure changes nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_recipe
+from tiny_recipe import content
+
+from edgekit import cache, pipeline, runfolder
+from edgekit.errors import InputError, MissingTool
+
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_recipe.write(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """A run in a process of its own with an empty cache: the bytes that everything else must equal."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    out = recipe.parent / "undisturbed"
+    done = command(recipe, out, folder / "cache")
+    assert done.wait() == 0
+    return content(out)
+
+
+def command(recipe: Path, out: Path, cache_folder: Path, seed: str = "0") -> subprocess.Popen[bytes]:
+    code = "import torch; torch.set_num_threads(1); from edgekit.cli import main; main()"
+    environment = {**os.environ, "EDGEKIT_CACHE": str(cache_folder), "PYTHONHASHSEED": seed}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "run", str(recipe), "--out", str(out)],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+FILES = {
+    "compress.json", "env.json", "export_onnx.json", "frozen.pt2", "manifest.json", "model.onnx", "parity.json", "recipe.yaml",
+    "report.html", "stage_compressed.npz", "stage_float.npz",
+}  # fmt: skip
+
+
+def test_a_run_makes_every_file_and_a_second_one_takes_every_stage_from_the_cache(
+    recipe: Path, undisturbed: dict[str, bytes]
+) -> None:
+    out = recipe.parent / "again"
+    first = pipeline.run(recipe, out)
+    assert first.ok and {s.state for s in first.stages} == {"made"}
+    assert set(content(out)) == FILES and runfolder.altered(out) == []
+    assert content(out) == undisturbed  # another process, another hash seed
+    second = pipeline.run(recipe, out)
+    assert [s.name for s in second.stages if s.state == "made"] == ["load", "report"]
+    assert content(out) == undisturbed
+    third = pipeline.run(recipe, out, resume=False)
+    assert {s.state for s in third.stages} == {"made"}
+    assert content(out) == undisturbed
+
+
+def test_each_verb_works_alone_on_the_folder_of_the_one_before(recipe: Path, undisturbed: dict[str, bytes]) -> None:
+    out = recipe.parent / "steps"
+    pipeline.compress(recipe, out)
+    assert "model.onnx" not in content(out)
+    pipeline.export(out)
+    assert pipeline.verify(out).ok
+    pipeline.report(out)
+    assert content(out) == undisturbed
+
+
+def test_a_moved_run_is_verified_on_the_samples_it_holds(recipe: Path, tmp_path: Path) -> None:
+    pipeline.run(recipe, recipe.parent / "moved")
+    os.rename(recipe.parent / "moved", tmp_path / "elsewhere")
+    outcome = pipeline.verify(tmp_path / "elsewhere")
+    assert outcome.ok and "verified on the samples stored in the run" in outcome.warnings[0]
+
+
+CHANGES: dict[str, tuple[str, str, str, set[str]]] = {
+    "settings": ("recipe.yaml", "minmax", "mse", {"float"}),
+    "verify settings": ("recipe.yaml", "max_lsb: 1", "max_lsb: 2", {"float", "compress", "lower onnx"}),
+    "weights": ("model.py", "manual_seed(seed)", "manual_seed(seed + 1)", set()),
+    "graph": ("model.py", "F.relu(", "F.relu6(", set()),
+    "data": ("data.py", "manual_seed(1)", "manual_seed(2)", set()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_stage_is_done_again_when_its_inputs_changed(change: str, tmp_path: Path) -> None:
+    recipe = tiny_recipe.write(tmp_path / "r")
+    pipeline.run(recipe, tmp_path / "run")
+    name, old, new, kept = CHANGES[change]
+    text = (recipe.parent / name).read_text()
+    assert old in text
+    (recipe.parent / name).write_text(text.replace(old, new))
+    found = {s.name for s in pipeline.run(recipe, tmp_path / "run").stages if s.state == "cached"}
+    assert found == kept
+
+
+def kill(process: subprocess.Popen[bytes], when: Callable[[], bool]) -> bool:
+    """SIGKILL as soon as ``when`` holds; whether it came before the process was done."""
+    while process.poll() is None:
+        if when():
+            process.kill()
+            process.wait()
+            return True
+        time.sleep(0.002)
+    return False
+
+
+def appeared(folder: Path, pattern: str) -> Callable[[], bool]:
+    return lambda: folder.is_dir() and any(folder.rglob(pattern))
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment_and_a_rerun_gives_the_same_bytes(recipe: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    moments = ["stage_float.npz", ".*frozen.pt2*.tmp", "frozen.pt2", "model.onnx", "parity.json", "report.html", "manifest.json"]
+    killed = 0
+    for number, pattern in enumerate(moments):
+        parent = recipe.parent / f"kill{number}"
+        out, store = parent / "run", tmp_path / f"cache{number}"
+        killed += kill(command(recipe, out, store), appeared(parent, pattern))
+        if killed and out.exists():  # killed after the run took its place
+            assert content(out).keys() == undisturbed.keys()
+        assert command(recipe, out, store, seed=str(number)).wait() == 0
+        assert same(content(out), undisturbed), pattern
+        assert [p.name for p in parent.iterdir()] == ["run"]  # nothing is left beside it
+    assert killed >= len(moments) - 2
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_after_random_times_it_still_ends_with_the_same_bytes(
+    recipe: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    out, store = recipe.parent / "random" / "run", tmp_path / "cache"
+    for delay in (1.0, 2.5, 4.0, 5.5, 7.0):
+        end = time.monotonic() + delay
+        kill(command(recipe, out, store), lambda end=end: time.monotonic() > end)  # type: ignore[misc]
+    assert command(recipe, out, store).wait() == 0
+    assert same(content(out), undisturbed)
+
+
+def same(found: dict[str, bytes], expected: dict[str, bytes]) -> bool:
+    """Equal but for the depth of the folder, which the relative paths of recipe.yaml show (and what quotes or hashes it)."""
+    quoting = {"recipe.yaml", "report.html", "manifest.json"}
+    return found.keys() == expected.keys() and all(found[k] == expected[k] for k in found.keys() - quoting)
+
+
+@pytest.mark.parametrize("name", ["frozen.pt2", "model.onnx", "parity.json", "report.html", "manifest.json"])
+def test_a_full_disk_at_any_file_leaves_the_previous_run(
+    name: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    pipeline.run(recipe, out)
+    before, real = content(out), os.fsync
+    stored = content(cache.folder())
+
+    def full(handle: int) -> None:
+        if name in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="no space left on the device"):
+        pipeline.run(recipe, out, resume=False)
+    assert content(out) == before
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    assert content(cache.folder()) == stored
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root")
+def test_a_small_disk_and_a_read_only_one(recipe: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        pipeline.run(recipe, disk / "run")
+        before = content(disk / "run")
+        (disk / "ballast").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - 8192))
+        with pytest.raises(InputError, match="no space left"):
+            pipeline.run(recipe, disk / "run")
+        assert content(disk / "run") == before
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True, capture_output=True)
+        with pytest.raises(InputError, match="read-only"):
+            pipeline.verify(disk / "run")
+        assert content(disk / "run") == before
+    finally:
+        subprocess.run(["umount", str(disk)], check=True, capture_output=True)
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "file"))
+    outcome = pipeline.compress(recipe, tmp_path / "run")
+    assert "would have to run again" in outcome.warnings[0] and (tmp_path / "run" / "frozen.pt2").is_file()
+
+
+def test_a_missing_extra_is_found_before_any_work(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgekit.targets import onnx
+
+    monkeypatch.setattr(onnx, "available", lambda: "onnx is not installed")
+    with pytest.raises(MissingTool, match=r"target onnx: onnx is not installed; run: pip install 'edgekit\[onnx\]'"):
+        pipeline.run(recipe, tmp_path / "run")
+    assert not cache.folder().exists()
+
+
+def test_an_altered_file_is_a_failed_check_that_names_the_layer(recipe: Path, tmp_path: Path) -> None:
+    import onnx
+
+    pipeline.run(recipe, tmp_path / "run")
+    path = tmp_path / "run" / "model.onnx"
+    model = onnx.load(path)
+    weight = next(t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4)
+    data = bytearray(weight.raw_data)
+    data[3] ^= 0x20
+    weight.raw_data = bytes(data)
+    onnx.save(model, path)
+    outcome = pipeline.verify(tmp_path / "run")
+    assert not outcome.ok and outcome.parity is not None
+    assert any("conv" in breach for breach in outcome.parity.breaches)
+    assert "model.onnx was altered after it was written" in outcome.warnings

@@ -140,6 +140,7 @@ def calibrate(
     watched: dict[str, str] = {}
     inherited = {u.output.name for u in units if u.inherits}
     fixed = {u.output.name: _FIXED[f] for u in units if (f := u.attributes.get("function")) in _FIXED}
+    answers = {groups[u.output.name] for u in units if any(n.op == "output" for n in u.output.users)}
     for name, root in groups.items():
         if name not in inherited and name not in fixed:
             watched[name] = root
@@ -156,7 +157,8 @@ def calibrate(
         observer = observers[root]
         if name == root and observer.high <= observer.low:
             warnings.append(f"layer {graph.names.get(name, name)}: its output was constant during calibration")
-        low, high = choose_range(observer, settings.observer, settings.percentile, bits, settings.symmetric_activations)
+        method = "minmax" if root in answers else settings.observer  # clipped logits would tie
+        low, high = choose_range(observer, method, settings.percentile, bits, settings.symmetric_activations)
         result[name] = quantization_of(low, high, bits, settings.symmetric_activations)
     return result, warnings
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from edgekit.compress.capture import Graph, capture
 from edgekit.compress.ptq.freeze import freeze
 from edgekit.compress.ptq.plan import Plan, make_plan
-from edgekit.compress.ptq.settings import PTQ, QAT, Quantization
+from edgekit.compress.ptq.settings import PTQ, QAT, Quantization, bits_of
 from edgekit.compress.ptq.units import find_units
 from edgekit.data import Data, batches, first_sample
 from edgekit.frozen import FrozenProgram
@@ -34,7 +34,7 @@ def quantize(
         The graph that was quantized (equalized if asked for) and its plan.
     """
     torch.manual_seed(settings.seed)
-    units, unquantized = find_units(graph, settings.skip)
+    units, unquantized = find_units(graph, settings.skip, bits_of(settings.activations))
     stream = calibration_stream(graph, settings, data, progress)
     made = make_plan(graph, units, unquantized, settings, stream)
     changes = {n: f"weights int{w.bits}, {settings.method}" for n, w in made.weights.items()}

@@ -22,6 +22,7 @@ from edgekit.frozen import Unquantized
 __all__ = ["SHAPE_KINDS", "Unit", "find_units", "weight_of"]
 
 SHAPE_KINDS = {"qreshape", "qpermute", "qslice", "qpad"}
+_ONLY_8BIT = {"qlut", "qavg_pool2d", "qconcat"}
 _INHERIT = {*SHAPE_KINDS, "qmax_pool2d", "qavg_pool2d"}
 _LUT = {
     ATEN.sigmoid.default: "sigmoid", ATEN.tanh.default: "tanh", ATEN.silu.default: "silu", ATEN.hardswish.default: "hardswish",
@@ -69,11 +70,12 @@ class Unit:
         return self.kind in _INHERIT
 
 
-def find_units(graph: Graph, skip: Sequence[str] = ()) -> tuple[tuple[Unit, ...], tuple[Unquantized, ...]]:
+def find_units(graph: Graph, skip: Sequence[str] = (), bits: int = 8) -> tuple[tuple[Unit, ...], tuple[Unquantized, ...]]:
     """Units in execution order, and every operator with arithmetic that stays in float with the reason.
 
     Args:
         skip: regular expressions (full match) of layer names to leave in float.
+        bits: bits of activations; the operators of ``_ONLY_8BIT`` stay in float with 16.
     """
     units: dict[fx.Node, Unit] = {}
     reasons: dict[fx.Node, str] = {}
@@ -84,6 +86,9 @@ def find_units(graph: Graph, skip: Sequence[str] = ()) -> tuple[tuple[Unit, ...]
         found = _match(graph, node)
         if isinstance(found, str):
             reasons[node] = found
+            continue
+        if bits > 8 and found.kind in _ONLY_8BIT:
+            reasons[node] = f"{found.kind} has no {bits}-bit form"
             continue
         if any(re.fullmatch(pattern, found.name) for pattern in skip):
             reasons[node] = "left in float by the setting `skip`"

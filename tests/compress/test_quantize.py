@@ -72,6 +72,18 @@ def test_bits_by_scope_first_and_last() -> None:
     assert int(program.layer("features.6").args["weight"].abs().max()) <= 1
 
 
+def test_16_bit_activations_are_closer_to_float() -> None:
+    model, x = build(PreActivation)
+    with torch.no_grad():
+        real = model(x)
+    errors = {}
+    for kind in ("int8", "int16"):
+        program = quantize_model(model, Data(x), PTQ(activations=kind, observer="minmax"))
+        errors[kind] = float((program.run(x)[0] - real).square().mean())
+    assert program.layer("conv").args["out_bits"] == 16
+    assert errors["int16"] < 0.3 * errors["int8"]
+
+
 def test_skipped_layers_are_listed() -> None:
     program, _, x = frozen(Modules, skip=("head.3",))
     assert [(u.layer, u.op) for u in program.unquantized] == [("head.3", "linear")]
@@ -80,7 +92,7 @@ def test_skipped_layers_are_listed() -> None:
 
 
 def test_weight_scale_mse_beats_max() -> None:
-    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(8, 1024, generator=torch.Generator().manual_seed(0))
     weight[:, 0] = 6
     errors = {}
     for method in ("max", "mse"):

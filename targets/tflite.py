@@ -13,8 +13,9 @@ layers, else stored as int8 (the artefact's coverage says which).
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -88,6 +89,10 @@ def _refuse(program: FrozenProgram) -> None:
         bits = max(int(layer.args.get("out_bits", 8)), int(layer.args.get("bits", 8)))
         if bits > 8:
             raise _unsupported(program, layer.name, f"has {bits}-bit activations", "quantize its activations to 8 bits")
+        if layer.op == "qavg_pool2d" and any(layer.args["padding"]) and not layer.args["count_include_pad"]:
+            kernel, stride, padding = (tuple(layer.args[k]) for k in ("kernel", "stride", "padding"))
+            if stride != (1, 1) or any(k != 2 * p + 1 for k, p in zip(kernel, padding, strict=True)):
+                raise _unsupported(program, layer.name, "averages without its padding", "set count_include_pad=True")
     names = {layer.node for layer in program.layers}
     for node in program.module.graph.nodes:
         if node.op != "call_function" or node.name in names:
@@ -114,12 +119,25 @@ def inspect(path: Path, program: FrozenProgram) -> Artifact:
     Raises:
         FormatError: a damaged file, or not a .tflite file.
     """
-    return _artifact(Path(path), read(path), program)
+    file = read(path)
+    with _damage(path):
+        return _artifact(Path(path), file, program)
 
 
 def readback(path: Path, program: FrozenProgram) -> list[Mismatch]:
     """Weights, weight scales, biases, activation scales and zero points of the file that are not the program's."""
-    return facts.compare(read(path), program)
+    file = read(path)
+    with _damage(path):
+        return facts.compare(file, program)
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """A file that parses and still makes no sense is damaged or another program's."""
+    try:
+        yield
+    except (IndexError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise FormatError(f"{Path(path).name} is damaged or was made from another program; lower the program again") from error
 
 
 def _artifact(path: Path, file: TfliteFile, program: FrozenProgram) -> Artifact:
@@ -220,7 +238,8 @@ def _integers(value: NDArray[Any], tensor: Tensor) -> NDArray[Any]:
     if value.dtype == np.int8:
         return value
     scaled = np.rint(value.astype(np.float32) * np.float32(1.0 / (tensor.scale or 1.0)))
-    return np.clip(scaled + (tensor.zero_point or 0), -128, 127)
+    clipped: NDArray[Any] = np.clip(scaled + (tensor.zero_point or 0), -128, 127)
+    return clipped
 
 
 def _real(value: NDArray[Any], tensor: Tensor) -> NDArray[np.float32]:

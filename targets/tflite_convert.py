@@ -107,7 +107,7 @@ def trace(program: FrozenProgram, channel_last: bool) -> tuple[fx.GraphModule, t
     """
     root, graph = nn.Module(), fx.Graph()
     tracer = _Tracer(graph, root)
-    own = {"qreshape": _reshape, "qlut": _lut}
+    own: dict[str, Callable[..., Tensor]] = {"qreshape": _reshape, "qlut": _lut}
     style = _TracedStyle(integer_weights=False, rules=own, tracer=tracer)
     rules = qdq.rules(style)
     rules["qavg_pool2d"] = partial(_avg_pool, style, rules["qavg_pool2d"])
@@ -178,7 +178,8 @@ def convert(program: FrozenProgram, channel_last: bool) -> bytes:
 def _pad_channel_last(x: Tensor, pad: list[int], value: float = 0) -> Tensor:
     """constant_pad_nd of an NHWC tensor with NCHW's pad list (last dimension first: W, H, C, N)."""
     full = [*pad, *[0] * (8 - len(pad))]
-    return torch.ops.aten.constant_pad_nd.default(x, [*full[4:6], *full[0:4], *full[6:8]], value)
+    padded: Tensor = torch.ops.aten.constant_pad_nd.default(x, [*full[4:6], *full[0:4], *full[6:8]], value)
+    return padded
 
 
 def _register_pad() -> None:

@@ -162,7 +162,8 @@ def _layer_row(file: TfliteFile, layer: Layer, ops: list[Op], delegated: frozens
         by_caller = border and layer.op in ("quantize", "dequantize")
         note = "left to the caller: the file's input or output is int8" if by_caller else "merged into its neighbour"
         return Coverage(layer.name, "", "int8", note=note)
-    main = next((op for op in ops if op.kind in WEIGHTED), ops[-1])
+    computing = [op for op in ops if op.kind != "QUANTIZE"] or ops
+    main = next((op for op in ops if op.kind in WEIGHTED), computing[-1])
     storage, why = _storage(file, layer, main)
     return Coverage(layer.name, main.kind, _runs(file, ops, delegated), layer.macs, storage, why)
 
@@ -250,9 +251,10 @@ def layouts(file: TfliteFile) -> Mapping[int, bool]:
             known |= {op.outputs[0]: True, op.inputs[0]: True}
         elif op.kind == "TRANSPOSE":
             order = tuple(int(i) for i in file.tensors[op.inputs[1]].values().ravel())
-            known |= {(0, 3, 1, 2): {op.inputs[0]: True, op.outputs[0]: False}, (0, 2, 3, 1): {op.outputs[0]: True}}.get(
-                order, {}
-            )
+            if order == (0, 3, 1, 2):
+                known |= {op.inputs[0]: True, op.outputs[0]: False}
+            elif order == (0, 2, 3, 1):
+                known[op.outputs[0]] = True
     for op in (*file.ops, *reversed(file.ops), *file.ops):
         if op.kind in _KEEPING:
             ends = [t.index for t in file.activations(op) if len(t.shape) == 4]

@@ -46,7 +46,8 @@ def pack(values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     flat = values.astype(np.int8).ravel()
     raw = np.pad(flat, (0, -len(flat) % each)).view(np.uint8) & ((1 << bits) - 1)
     shifts = np.arange(each, dtype=np.uint8) * bits
-    return np.bitwise_or.reduce(raw.reshape(-1, each) << shifts, axis=1).astype(np.uint8)
+    joined: NDArray[np.uint8] = np.bitwise_or.reduce(raw.reshape(-1, each) << shifts, axis=1).astype(np.uint8)
+    return joined
 
 
 def unpack(data: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int8]:
@@ -206,8 +207,10 @@ def _check(file: TfliteFile) -> None:
     used = [i for op in file.ops for i in (*op.inputs, *op.outputs)] + [*file.inputs, *file.outputs]
     if any(not -1 <= i < count for i in used):
         raise ValueError("an operator names a tensor that does not exist")
-    if not file.outputs:
-        raise ValueError("it has no output")
+    if not file.outputs or any(not op.outputs or not op.inputs for op in file.ops):
+        raise ValueError("it or one of its operators has no input or output")
+    if any(not 0 <= entry.buffer < len(file.model.buffers) for entry in file.model.metadata or []):
+        raise ValueError("its metadata names a buffer that does not exist")
     for t in file.tensors:
         if any(d < 0 for d in t.shape):
             raise ValueError(f"tensor {t.name} has a negative dimension")
@@ -221,7 +224,7 @@ def _check(file: TfliteFile) -> None:
 
 def serialize(model: Any) -> bytes:
     """The schema's object tree as a file's bytes."""
-    import flatbuffers
+    import flatbuffers  # type: ignore[import-untyped]
 
     builder = flatbuffers.Builder(1 << 16)
     builder.Finish(model.Pack(builder), file_identifier=b"TFL3")

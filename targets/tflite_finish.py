@@ -46,7 +46,7 @@ def finish(content: bytes, program: FrozenProgram, *, channel_last: bool, float_
     owners = _owners(file, program)
     model = file.model
     graph = model.subgraphs[0]
-    names = _names(file, owners)
+    names = _names(file, program, owners)
     for tensor in file.tensors:
         graph.tensors[tensor.index].name = names.get(tensor.index, "").encode()
     _constants(file, program, owners, packed)
@@ -116,18 +116,18 @@ def _io_owners(file: TfliteFile, program: FrozenProgram) -> dict[int, str]:
     return owners
 
 
-def _names(file: TfliteFile, owners: Mapping[int, str]) -> dict[int, str]:
-    """Final names of the activations: the last tensor of a layer in execution order is the layer's."""
+def _names(file: TfliteFile, program: FrozenProgram, owners: Mapping[int, str]) -> dict[int, str]:
+    """Final names of the activations: the layer's own is its last in execution order, if possible with the layer's scale."""
     order = [*file.inputs, *(out for op in file.ops for out in op.outputs)]
     mine: dict[str, list[int]] = {}
     for index in order:
         if index in owners:
             mine.setdefault(owners[index], []).append(index)
+    layers = {layer.name: layer for layer in program.layers}
     names: dict[int, str] = {}
     for owner, indices in mine.items():
-        for i, index in enumerate(indices[:-1]):
-            names[index] = f"{owner}/{i + 1}"
-        names[indices[-1]] = owner
+        exact = [i for i in indices if owner in layers and same_quantization(file.tensors[i], layers[owner])]
+        names |= {index: f"{owner}/{i + 1}" for i, index in enumerate(indices)} | {(exact or indices)[-1]: owner}
     return names
 
 

@@ -40,13 +40,16 @@ benchmarks-docs: $(VENV)/.demo
 	$(BIN)/python benchmarks/make_docs.py
 
 # One stamp for each extra: the environment is built again only when pyproject.toml changes. pip's own configuration is used as it is.
+# pip is renewed first: the resolver of the pip that Python 3.11 brings (23.2) tries versions of these packages for over ten minutes.
 $(VENV)/.demo: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25'
 	$(BIN)/python -m pip install --quiet --editable '.[demo]'
 	@touch $@
 
 $(VENV)/.test: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25'
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $(VENV)/.demo $@
 

@@ -20,8 +20,8 @@ from edgekit.frozen import Unquantized
 __all__ = ["Plan", "WeightQ", "calibrate", "make_plan", "quantize_weight", "weight_bits", "weight_scale"]
 
 _FIXED = {"sigmoid": ActQ(1 / 256, -128), "hardsigmoid": ActQ(1 / 256, -128), "tanh": ActQ(1 / 128, 0)}
-_MAX_BIAS = 1 << 20
-"""Largest bias integer: up to here its float32 form goes back to the same integer in every converter."""
+_MAX_BIAS = {8: 1 << 20, 16: 1 << 30}
+"""Largest bias integer by activation bits; up to 2^20 its float32 form goes back to the same integer in every converter."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def make_plan(
         if unit.weight is None:
             continue
         weight, bias = weight_of(graph, unit)
-        least = minimal_scale(bias, activations[unit.inputs[0].name].scale)
+        least = minimal_scale(bias, activations[unit.inputs[0].name])
         scale = torch.maximum(weight_scale(weight, bits[unit.name], settings), least)
         weights[unit.name] = WeightQ(quantize_weight(weight, scale, bits[unit.name]), scale, bits[unit.name], bias.double())
         if not weight.any():
@@ -103,9 +103,9 @@ def weight_bits(units: Sequence[Unit], settings: Quantization) -> dict[str, int]
     return bits
 
 
-def minimal_scale(bias: Tensor, in_scale: float) -> Tensor:
+def minimal_scale(bias: Tensor, x: ActQ) -> Tensor:
     """Smallest weight scale, float32 (channels,), with which the bias still fits its integer range."""
-    return (bias.abs().double() / (in_scale * _MAX_BIAS)).clamp(min=1e-9).float()
+    return (bias.abs().double() / (x.scale * _MAX_BIAS[x.bits])).clamp(min=1e-9).float()
 
 
 def weight_scale(weight: Tensor, bits: int, settings: Quantization) -> Tensor:

@@ -81,7 +81,7 @@ def test_16_bit_activations_are_closer_to_float() -> None:
         program = quantize_model(model, Data(x), PTQ(activations=kind, observer="minmax"))
         errors[kind] = float((program.run(x)[0] - real).square().mean())
     assert program.layer("conv").args["out_bits"] == 16
-    assert errors["int16"] < 0.3 * errors["int8"]
+    assert errors["int16"] < 0.5 * errors["int8"], "what is left comes from the 8-bit weights"
 
 
 def test_skipped_layers_are_listed() -> None:

@@ -67,47 +67,60 @@ def show(found: dict[str, Any]) -> None:
     console.print_table("tools", ["program", "found", "used for"], rows)
     print(f"cache: {found['cache']['folder']}, {console.size(found['cache']['bytes'])}; it may be deleted at any time")
     if "model" in found:
-        rows = [[r["target"], "takes it" if r["takes"] else "cannot take it", r["why"]] for r in found["model"]["targets"]]
+        rows = [
+            [r["target"], "takes it" if r["takes"] else "cannot take it", "\n".join(r["why"])] for r in found["model"]["targets"]
+        ]
         console.print_table(f"model: {found['model']['parameters']:,} parameters", ["target", "", "why"], rows)
         if found["model"]["float"]:
             console.print_table("would stay in float", ["layer", "operator", "reason"], found["model"]["float"])
 
 
 def _model(spec: str, data: str | None, shape: str | None) -> dict[str, Any]:
-    """What each target would do with a model: it is quantized with min-max ranges of one sample, then pre-flighted."""
+    """What each target would do with a model: the float graph is pre-flighted, then quantized with the ranges of one sample."""
     import torch
 
     from edgekit import source
-    from edgekit.compress.ptq import quantize_model
-    from edgekit.compress.ptq.settings import PTQ
+    from edgekit.compress.capture import export_float
+    from edgekit.compress.ptq import PTQ, quantize_model
     from edgekit.data import Data
     from edgekit.frozen import load
     from edgekit.targets import TARGETS, preflight
 
+    problems: dict[str, list[str]] = {name: [] for name in TARGETS}
     if spec.endswith(".pt2") and _is_frozen(Path(spec)):
         program = load(Path(spec))
     else:
         model = source.load_model(spec)
-        if data is not None:
-            sample = source.sample_inputs(model, source.load_data(data))
-        elif shape is not None and re.fullmatch(r"\d+(,\d+)*(;\d+(,\d+)*)*", shape):
-            torch.manual_seed(0)
-            sample = tuple(torch.randn(*map(int, one.split(","))) for one in shape.split(";"))
-        else:
-            raise InputError("doctor --model needs --data file.py:factory or --shape such as 1,3,32,32 (several inputs: a;b)")
-        program = quantize_model(model, Data(sample if len(sample) > 1 else sample[0]), PTQ(observer="minmax", samples=1))
-    rows = []
-    for name in TARGETS:
+        sample = _sample(model, data, shape)
+        export_float(model, sample)  # says what is wrong with a model that cannot be captured
+        exported = torch.export.export(model, sample, strict=False)
+        problems = {name: [str(p) for p in preflight.check_model(exported, name)] for name in TARGETS}
+        settings = PTQ(observer="minmax", samples=1)
+        program = quantize_model(model, Data(sample if len(sample) > 1 else sample[0]), settings)
+    for name, found in problems.items():
         try:
             preflight.check_program(program, name)
-            rows.append({"target": name, "takes": True, "why": ""})
         except EdgekitError as error:
-            rows.append({"target": name, "takes": False, "why": str(error)})
+            found += [] if found else [str(error)]
     return {
         "parameters": sum(layer.parameters for layer in program.layers),
         "float": [[u.layer, u.op, u.reason] for u in program.unquantized],
-        "targets": rows,
+        "targets": [{"target": name, "takes": not found, "why": found} for name, found in problems.items()],
     }
+
+
+def _sample(model: Any, data: str | None, shape: str | None) -> tuple[Any, ...]:
+    """A sample input from a data factory, or standard-normal values of the shape given."""
+    import torch
+
+    from edgekit import source
+
+    if data is not None:
+        return source.sample_inputs(model, source.load_data(data))
+    if shape is None or not re.fullmatch(r"\d+(,\d+)*(;\d+(,\d+)*)*", shape):
+        raise InputError("doctor --model needs --data file.py:factory or --shape such as 1,3,32,32 (several inputs: a;b)")
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(*map(int, one.split(",")), generator=generator) for one in shape.split(";"))
 
 
 def _is_frozen(path: Path) -> bool:

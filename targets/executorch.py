@@ -1,4 +1,4 @@
-"""ExecuTorch: a frozen program becomes a ``.pte`` file for XNNPACK (or for the portable kernels), and is read back, run and tapped.
+"""ExecuTorch: a frozen program becomes a ``.pte`` file for XNNPACK (or for portable kernels), and is read back, run and tapped.
 
 Lowering never computes a scale: the program's integers go into a quantize/dequantize graph (:mod:`edgekit.targets.qdq`) in the
 forms that XNNPACK takes (:mod:`edgekit.targets.executorch_rules`). What the file then holds is read from its bytes
@@ -29,9 +29,9 @@ from edgekit.errors import FormatError, InputError, ParityError, UnsupportedErro
 from edgekit.files import write_whole
 from edgekit.frozen import FrozenProgram
 from edgekit.targets.executorch_rules import ATEN_RULES, portable_style, xnnpack_style
+from edgekit.targets.pte_compare import compare, coverage, io_quantization
 from edgekit.targets.pte_file import PteFile, read_pte
 from edgekit.targets.pte_layers import place
-from edgekit.targets.pte_compare import compare, coverage, io_quantization
 from edgekit.targets.pte_taps import tapped
 from edgekit.targets.qdq import to_qdq
 
@@ -141,7 +141,8 @@ def taps(path: Path, program: FrozenProgram, sample: Sequence[np.ndarray]) -> di
     with _quiet():
         copy, extra = tapped(file, program, place(file, program))
     prepared = [
-        _encode(path, file, n, np.asarray(x)[:1], quantization) for n, x in zip(file.inputs, _counted(path, file, sample), strict=True)
+        _encode(path, file, n, np.asarray(x)[:1], quantization)
+        for n, x in zip(file.inputs, _counted(path, file, sample), strict=True)
     ]
     outputs = _execute(copy, str(path), prepared, 1, None)[len(file.outputs) :]
     found: dict[str, np.ndarray] = {}
@@ -169,7 +170,7 @@ def _check_layers(program: FrozenProgram) -> None:
 
 def _convert(program: FrozenProgram, options: Options) -> bytes:
     with _quiet():
-        from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+        from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
 
         if options.backend == "portable":
             import executorch.kernels.quantized  # noqa: F401  quantize and dequantize kernels
@@ -178,13 +179,15 @@ def _convert(program: FrozenProgram, options: Options) -> bytes:
         else:
             style, partitioners, rules = xnnpack_style(), [_xnnpack_partitioner()], ATEN_RULES
         try:
-            edge = to_edge_transform_and_lower(to_qdq(program, style, rules), partitioner=partitioners)
+            # a linear layer of rank three would be expanded into bmm and an add
+            config = EdgeCompileConfig(preserve_ops=[torch.ops.aten.linear.default])
+            edge = to_edge_transform_and_lower(to_qdq(program, style, rules), partitioner=partitioners, compile_config=config)
             return bytes(edge.to_executorch(ExecutorchBackendConfig()).buffer)
         except Exception as error:
             cause = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UnsupportedError(
-                f"program {program.name}: ExecuTorch's converter refuses it ({cause[:300]}); keep the operator out of the model or "
-                "use another target"
+                f"program {program.name}: ExecuTorch's converter refuses it ({cause[:300]}); keep the operator out of "
+                "the model or use another target"
             ) from error
 
 
@@ -225,9 +228,7 @@ def _counted(path: Path, file: PteFile, inputs: Sequence[np.ndarray]) -> Sequenc
     return inputs
 
 
-def _encode(
-    path: Path, file: PteFile, number: int, x: np.ndarray, quantization: dict[int, tuple[float, int]]
-) -> torch.Tensor:
+def _encode(path: Path, file: PteFile, number: int, x: np.ndarray, quantization: dict[int, tuple[float, int]]) -> torch.Tensor:
     tensor = file.tensors[number]
     x = np.asarray(x)
     if x.shape[1:] != tensor.shape[1:] or not len(x):
@@ -260,7 +261,9 @@ def _execute(
             # the delegates are only set up at the first call, and what is wrong with the file shows there
             module.forward([x[:1] for x in inputs])
         except RuntimeError as error:
-            raise FormatError(f"{where}: the ExecuTorch runtime refuses it ({str(error).splitlines()[0]}); export it again") from error
+            raise FormatError(
+                f"{where}: the ExecuTorch runtime refuses it ({str(error).splitlines()[0]}); export it again"
+            ) from error
     columns: list[list[np.ndarray]] = []
     for i in range(len(inputs[0])):
         columns.append([y.numpy().copy() for y in module.forward([x[i : i + 1] for x in inputs])])

@@ -5,8 +5,8 @@ Each rule was chosen because the plain form splits the graph or falls back to a 
 * an activation after add or mul gets a quantize of its own before it (the clamp of an integer, so still one rounding);
 * an average pool with padding becomes pad and pool (XNNPACK never counts padding), concatenation first brings its inputs to
   the output's scale (XNNPACK demands equal ones);
-* a strided slice of an image becomes a 1x1 depthwise convolution with weights and scales of one: ``round(1.0 * (q - z)) + z == q``.
-  XNNPACK's own slice takes no step. Other strided slices are reshaped so that a plain slice is left;
+* a strided slice of an image becomes a 1x1 depthwise convolution with weights and scales of one, which is exact:
+  ``round(1.0 * (q - z)) + z == q``. XNNPACK's own slice takes no step. Others are reshaped until a plain slice is left;
 * float LayerNorm, matmul, attention and means are written with ``mm``/``bmm``, which XNNPACK takes.
 """
 
@@ -15,9 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from edgekit.frozen.ops import LUT_FUNCTIONS
 from edgekit.targets.qdq import Style
 
 __all__ = ["ATEN_RULES", "portable_style", "xnnpack_style"]
@@ -32,13 +34,25 @@ def portable_style() -> Style:
 
 
 def xnnpack_style() -> Style:
-    """Rules for XNNPACK. Linear weights of four bits or fewer are declared -8..7, which makes it store them as nibbles."""
+    """Rules for XNNPACK. Linear weights of four bits or fewer are declared -8..7, which makes it store them as nibbles.
 
-    def weight_range(bits: int, rank: int) -> tuple[int, int]:
-        return (-8, 7) if bits <= 4 and rank == 2 else (-128, 127)
-
-    plain = Style(weight_range=weight_range)
+    Not with an odd number of inputs: XNNPACK then reads each row of nibbles half a byte off.
+    """
+    plain, packed = Style(), Style(weight_range=lambda bits, rank: (-8, 7))
     dq, q = plain.dequantize, plain.quantize
+
+    def linear(
+        x: Tensor, w: Tensor, ws: Tensor, b: Tensor, i_s: float, i_z: int, o_s: float, o_z: int, activation: str,
+        weight_bits: int, out_bits: int,
+    ) -> Tensor:  # fmt: skip
+        style = packed if weight_bits <= 4 and w.shape[1] % 2 == 0 else plain
+        y = _ATEN.linear.default(dq(x, i_s, i_z), style.weight(w, ws, weight_bits), b.float() * (ws * i_s))
+        if activation == "relu":
+            y = _ATEN.relu.default(y)
+        return q(_ATEN.hardtanh.default(y, 0.0, 6.0) if activation == "relu6" else y, o_s, o_z)
+
+    def lut(x: Tensor, table: Tensor, function: str, i_s: float, i_z: int, o_s: float, o_z: int) -> Tensor:
+        return q(_FUNCTIONS.get(function, LUT_FUNCTIONS[function])(dq(x, i_s, i_z)), o_s, o_z)
 
     def again(x: Tensor, op: Callable[..., Tensor], scale: float, zero_point: int, *args: Any) -> Tensor:
         """An operator that moves integers without changing them: same scale in and out."""
@@ -74,9 +88,7 @@ def xnnpack_style() -> Style:
         return q(_ATEN.avg_pool2d.default(dq(x, i_s, i_z), kernel, stride, padding, ceil_mode, False), o_s, o_z)
 
     def concat(xs: Sequence[Tensor], scales: Sequence[float], zps: Sequence[int], o_s: float, o_z: int, dim: int) -> Tensor:
-        parts = [
-            x if (s, z) == (o_s, o_z) else q(dq(x, s, z), o_s, o_z) for x, s, z in zip(xs, scales, zps, strict=True)
-        ]
+        parts = [x if (s, z) == (o_s, o_z) else q(dq(x, s, z), o_s, o_z) for x, s, z in zip(xs, scales, zps, strict=True)]
         while len(parts) > 1:
             joined = [dq(p, o_s, o_z) for p in parts[:_LARGEST_CONCAT]]
             parts = [q(_ATEN.cat.default(joined, dim), o_s, o_z), *parts[_LARGEST_CONCAT:]]
@@ -106,18 +118,33 @@ def xnnpack_style() -> Style:
         y = _ATEN.convolution.default(dq(x, s, z), one, None, stride, [0, 0], [1, 1], False, [0, 0], channels)
         return q(y, s, z)
 
-    rules = {"qadd": add, "qmul": mul, "qavg_pool2d": avg_pool, "qconcat": concat, "qslice": slice_}
-    return Style(weight_range=weight_range, rules=rules)
+    rules: dict[str, Callable[..., Tensor]] = {
+        "qlinear": linear, "qlut": lut, "qadd": add, "qmul": mul, "qavg_pool2d": avg_pool, "qconcat": concat, "qslice": slice_
+    }  # fmt: skip
+    return Style(rules=rules)
 
 
-def _mean_last(x: Tensor) -> Tensor:
+def _hardsigmoid(x: Tensor) -> Any:
+    return _ATEN.hardtanh.default(_ATEN.add.Tensor(_ATEN.mul.Tensor(x, 1.0 / 6.0), 0.5), 0.0, 1.0)
+
+
+def _elu(x: Tensor) -> Any:
+    negative = _ATEN.mul.Tensor(_ATEN.relu.default(_ATEN.mul.Tensor(x, -1.0)), -1.0)
+    return _ATEN.add.Tensor(_ATEN.relu.default(x), _ATEN.sub.Tensor(_ATEN.exp.default(negative), 1.0))
+
+
+_FUNCTIONS: Mapping[str, Callable[[Tensor], Any]] = {"hardsigmoid": _hardsigmoid, "elu": _elu}
+"""Table functions whose plain form XNNPACK does not take."""
+
+
+def _mean_last(x: Tensor) -> Any:
     """Mean over the last dimension, kept, as a matrix product: shape (..., d) to (..., 1)."""
     d = x.shape[-1]
     flat = _ATEN.view.default(x, [-1, d])
     return _ATEN.view.default(_ATEN.mm.default(flat, torch.full((d, 1), 1.0 / d)), [*x.shape[:-1], 1])
 
 
-def _mean(x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
+def _mean(x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
     dims = sorted(d % x.dim() for d in dim) if dim else list(range(x.dim()))
     if x.dim() == 4 and dims == [2, 3] and dtype in (None, x.dtype):
         if keepdim:
@@ -133,8 +160,13 @@ def _mean(x: Tensor, dim: Sequence[int] | None, keepdim: bool = False, *, dtype:
 
 
 def _layer_norm(
-    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, cudnn: bool = True
-) -> Tensor:
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn: bool = True,
+) -> Any:
     if len(shape) != 1:
         return NotImplemented
     centred = _ATEN.sub.Tensor(x, _mean_last(x))
@@ -144,23 +176,22 @@ def _layer_norm(
     return y if bias is None else _ATEN.add.Tensor(y, bias)
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
+def _matmul(a: Tensor, b: Tensor) -> Any:
     if a.dim() < 2 or b.dim() < 2 or (a.dim() == b.dim() == 2):
         return _ATEN.mm.default(a, b) if a.dim() == b.dim() == 2 else NotImplemented
     if b.dim() == 2:
         flat = _ATEN.mm.default(_ATEN.reshape.default(a, [-1, a.shape[-1]]), b)
         return _ATEN.reshape.default(flat, [*a.shape[:-1], b.shape[-1]])
-    batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    flat_a, flat_b = (
-        _ATEN.reshape.default(_ATEN.expand.default(t, [*batch, *t.shape[-2:]]), [-1, *t.shape[-2:]]) for t in (a, b)
-    )
+    batch = torch.Size(np.broadcast_shapes(a.shape[:-2], b.shape[:-2]))
+    full = (t if t.shape[:-2] == batch else _ATEN.expand.default(t, [*batch, *t.shape[-2:]]) for t in (a, b))
+    flat_a, flat_b = (_ATEN.reshape.default(t, [-1, *t.shape[-2:]]) for t in full)
     return _ATEN.reshape.default(_ATEN.bmm.default(flat_a, flat_b), [*batch, a.shape[-2], b.shape[-1]])
 
 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0, is_causal: bool = False,
     *, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Any:  # fmt: skip
     if enable_gqa or dropout:
         return NotImplemented
     scores = _matmul(query, _ATEN.transpose.int(key, -2, -1))

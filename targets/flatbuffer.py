@@ -127,7 +127,9 @@ class _Reader:
         slot = 0
         for label, type_, default in self.schema.tables[name]:
             union = self.schema.unions.get(type_)
-            offsets = [self.unpack("H", vtable + 4 + 2 * s) if s < slots else 0 for s in range(slot, slot + 1 + (union is not None))]
+            offsets = [
+                self.unpack("H", vtable + 4 + 2 * s) if s < slots else 0 for s in range(slot, slot + 1 + (union is not None))
+            ]
             slot += len(offsets)
             place = at + offsets[-1] if offsets[-1] else 0
             if union is not None:

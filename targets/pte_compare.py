@@ -56,7 +56,9 @@ def io_quantization(file: PteFile) -> dict[int, tuple[float, int]]:
     found: dict[int, tuple[float, int]] = {}
     for number in {*file.inputs, *file.outputs}:
         near = [number]
-        near += [n for op in file.ops if op.kind == "Link" and number in (*op.inputs, *op.outputs) for n in (*op.inputs, *op.outputs)]
+        near += [
+            n for op in file.ops if op.kind == "Link" and number in (*op.inputs, *op.outputs) for n in (*op.inputs, *op.outputs)
+        ]
         for tensor in (file.tensors[n] for n in near):
             if tensor.dtype == "int8" and tensor.scale is not None and tensor.zero_point is not None:
                 found[number] = (tensor.scale, tensor.zero_point)
@@ -132,7 +134,9 @@ def _input(file: PteFile, placed: Placed, producers: Mapping[int, FileOp]) -> It
     tensor = file.tensors[number] if number is not None else None
     wanted = (np.float32(layer.args["in_scale"]), layer.args["in_zp"])
     if tensor is not None and tensor.scale is not None and (np.float32(tensor.scale), tensor.zero_point) != wanted:
-        yield Mismatch(layer.name, "input scale and zero point", f"{tensor.scale:.9g}, {tensor.zero_point}", f"{wanted[0]:.9g}, {wanted[1]}")
+        yield Mismatch(
+            layer.name, "input scale and zero point", f"{tensor.scale:.9g}, {tensor.zero_point}", f"{wanted[0]:.9g}, {wanted[1]}"
+        )
 
 
 def _geometry(layer: Layer, op: FileOp) -> Iterator[Mismatch]:
@@ -142,7 +146,10 @@ def _geometry(layer: Layer, op: FileOp) -> Iterator[Mismatch]:
     arguments = op.arguments
     pairs: list[tuple[str, tuple[Any, ...], tuple[Any, ...]]] = []
     if layer.op == "qconv2d":
-        for field, keys in (("stride", ("subsampling_height", "subsampling_width")), ("dilation", ("dilation_height", "dilation_width"))):
+        for field, keys in (
+            ("stride", ("subsampling_height", "subsampling_width")),
+            ("dilation", ("dilation_height", "dilation_width")),
+        ):
             pairs.append((field, tuple(arguments[k] for k in keys), tuple(layer.args[field])))
         paddings = tuple(arguments[f"padding_{side}"] for side in ("top", "bottom", "left", "right"))
         pairs.append(("padding", paddings, tuple(p for p in layer.args["padding"] for _ in range(2))))

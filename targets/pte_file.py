@@ -128,7 +128,9 @@ class _Parser:
         if magic != b"eh00":
             self.program_size, self.base, stored = len(data), len(data), 0
         if self.program_size > len(data) or self.base + stored > len(data):
-            raise FormatError(f"{path}: truncated, {self.base + stored} bytes are announced, {len(data)} are there; export it again")
+            raise FormatError(
+                f"{path}: truncated, {self.base + stored} bytes are announced, {len(data)} are there; export it again"
+            )
         self.tensors: dict[int, FileTensor] = {}
         self.ops: list[FileOp] = []
         self.delegates: list[str] = []
@@ -193,7 +195,7 @@ class _Parser:
         self.quantize_params(name, inputs, outputs, scalars)
 
     def link_views(self, before: int) -> None:
-        """A reshape that moves no bytes has no instruction: its result only shares the place of its source. Make it an operator."""
+        """A reshape that moves no bytes has no instruction: its result shares the place of its source. Make it one."""
         for op in self.ops[before:]:
             for number in op.inputs:
                 source = self.written.get(self.places.get(number, (-1, -1)))
@@ -226,11 +228,14 @@ class _Parser:
             raise FormatError(f"{self.path}: an XNNPACK graph ends behind its segment; export it again")
         graph = read_flatbuffer(self.data, _schemas()[1], start + at, length, str(self.path))
         shift = (number + 1) << 32
-        incoming, outgoing = [], []
+        incoming: list[tuple[int, int]] = []
+        outgoing: list[tuple[int, int]] = []
         for entry in graph["xvalues"]:
             value = entry["xvalue_union"]
             tensor = value if value.kind == "XNNTensorValue" else value["tensor_value"]
-            self.tensors[shift + tensor["id_out"]] = self.graph_tensor(graph, tensor, value.get("quant_params"), start + constants)
+            self.tensors[shift + tensor["id_out"]] = self.graph_tensor(
+                graph, tensor, value.get("quant_params"), start + constants
+            )
             if tensor["external_id"] != _NO_ID and tensor["flags"] & 3:
                 link = (shift + tensor["id_out"], arguments[tensor["external_id"]])
                 (incoming if tensor["flags"] & 1 else outgoing).append(link)

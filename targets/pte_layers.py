@@ -19,9 +19,9 @@ from edgekit.targets.pte_file import FileOp, FileTensor, PteFile
 __all__ = ["FloatWeight", "Placed", "Placement", "constant_of", "place", "stored_weight"]
 
 _SAME = {
-    "Link", "XNNStaticTranspose", "XNNCopy", "aten::permute_copy", "aten::clone", "aten::alias_copy", "aten::t_copy",
-    "aten::transpose_copy", "dim_order_ops::_to_dim_order_copy", "dim_order_ops::_clone_dim_order",
+    "Link", "XNNCopy", "aten::clone", "aten::alias_copy", "dim_order_ops::_to_dim_order_copy", "dim_order_ops::_clone_dim_order",
 }  # fmt: skip
+_PERMUTE = {"XNNStaticTranspose", "aten::permute_copy", "aten::t_copy", "aten::transpose_copy"}
 _RESHAPE = {"XNNStaticReshape", "aten::view_copy", "aten::view"}
 _PAD = {"XNNStaticConstantPad", "aten::constant_pad_nd"}
 _CLAMP = {"XNNClamp", "aten::relu", "aten::hardtanh", "aten::clamp"}
@@ -43,7 +43,7 @@ _MAIN: Mapping[str, set[str]] = {
 _ABSORBED: Mapping[str, set[str]] = {
     "qslice": {"XNNStaticSlice", "XNNDepthwiseConv2d", "aten::slice_copy", *_PAD, *_RESHAPE},
     "qreshape": _RESHAPE,
-    "qpermute": set(),
+    "qpermute": _PERMUTE,
     "relu": _CLAMP,
     "relu6": _CLAMP,
     "sigmoid": {"XNNSigmoid", "aten::sigmoid"},
@@ -51,10 +51,10 @@ _ABSORBED: Mapping[str, set[str]] = {
     "silu": {"XNNSigmoid", "XNNMultiply", "aten::sigmoid", "aten::mul"},
     "hardswish": {"XNNHardswish", "XNNAdd", "XNNClamp", "XNNMultiply", "XNNDiv", "aten::hardswish", "aten::add", "aten::mul",
                   "aten::div", *_CLAMP},
-    "hardsigmoid": {"XNNAdd", "XNNClamp", "XNNMultiply", "XNNDiv", "aten::add", "aten::mul", "aten::div", *_CLAMP},
+    "hardsigmoid": {"XNNAdd", "XNNMultiply", "aten::add", "aten::mul", "aten::div", *_CLAMP},
     "gelu": {"XNNGelu", "aten::gelu"},
     "leaky_relu": {"XNNLeakyReLU", "aten::leaky_relu"},
-    "elu": {"XNNELU", "aten::elu"},
+    "elu": {"XNNMultiply", "XNNExp", "XNNAdd", "XNNSubtract", "aten::elu", *_CLAMP},
 }  # fmt: skip
 """Operators that a layer without one main operator may consist of, by layer or table function."""
 
@@ -95,6 +95,8 @@ def constant_of(file: PteFile, number: int, producers: Mapping[int, FileOp]) -> 
     if tensor is None or tensor.data is not None:
         return tensor
     op = producers.get(number)
+    if op is not None and op.kind == "Link":
+        return constant_of(file, op.inputs[0], producers)
     if op is None or op.delegate >= 0:
         return None
     if op.kind.endswith("dequantize_per_channel"):
@@ -103,7 +105,7 @@ def constant_of(file: PteFile, number: int, producers: Mapping[int, FileOp]) -> 
             return None
         at = {"data": weight.at["data"], "scales": scales.at["data"]}
         return FileTensor(weight.dtype, weight.shape, scales=scales.data.reshape(-1), data=weight.data, at=at)
-    return constant_of(file, op.inputs[0], producers) if op.kind in _SAME and op.inputs else None
+    return constant_of(file, op.inputs[0], producers) if op.kind in _SAME | _PERMUTE and op.inputs else None
 
 
 def stored_weight(op: FileOp, tensor: FileTensor) -> np.ndarray | FloatWeight:
@@ -127,6 +129,7 @@ class _Placer:
                 self.users.setdefault(n, []).append(i)
             self.producers.update(dict.fromkeys(op.outputs, op))
         self.taken: set[int] = set()
+        self.roots: set[int] = set()
         names = [n.name for n in program.module.graph.nodes if n.op == "placeholder"]
         self.known: dict[str, list[int]] = {k: self.spread([n]) for k, n in zip(names, file.inputs, strict=False)}
         self.params = {(np.float32(la.out_scale), la.out_zero_point) for la in program.layers if la.out_scale is not None}
@@ -165,6 +168,8 @@ class _Placer:
         """An operator whose output is its input in another layout or, dequantized, in another type."""
         if op.kind == "XNNConvert":
             return self.dtype(op.outputs[0]) == "float32" and self.dtype(op.inputs[0]) == "int8"
+        if op.kind == "XNNStaticTranspose":
+            return not op.arguments["in_program"]
         return op.kind in _SAME or op.kind.endswith("::dequantize_per_tensor")
 
     def spread(self, numbers: Iterable[int]) -> list[int]:
@@ -192,7 +197,7 @@ class _Placer:
     def behind_reshape(self, number: int) -> int:
         """The portable linear flattens its input first: look through that."""
         op = self.producers.get(number)
-        return self.behind_reshape(op.inputs[0]) if op and op.delegate < 0 and op.kind in _RESHAPE | _SAME else number
+        return self.behind_reshape(op.inputs[0]) if op and op.delegate < 0 and op.kind in _RESHAPE else number
 
     def outputs_of(self, layer: Layer, outputs: Sequence[int]) -> list[int]:
         """From an operator's outputs to all int8 forms of the layer's output: through its clamp and its quantize."""
@@ -217,22 +222,51 @@ class _Placer:
         return not shape, not any(_params(v) == _wanted(layer) for v in values)
 
     def quantize_ops(self, layer: Layer, pool: set[int] | None) -> list[int]:
-        """All quantize operators of that source and scale; else the free one whose scale is no other layer's."""
+        """All quantize operators of that source and scale; else the free one whose scale is no other layer's.
+
+        Where the source is a float operator of the program, it is the one of the file, not yet found, whose quantized values feed
+        the weights that this layer feeds; it is remembered by its name, so that other layers that read it find it.
+        """
         found = [i for i, op in enumerate(self.file.ops) if self.is_quantize(op) and (pool is None or op.inputs[0] in pool)]
         found = [i for i in found if not self.fits(layer, self.file.ops[i].outputs)[0]]
         exact = [i for i in found if not self.fits(layer, self.file.ops[i].outputs)[1]]
+        if pool is None and exact:
+            groups: dict[int, list[int]] = {}
+            for i in exact:
+                groups.setdefault(self.root(self.file.ops[i].inputs[0]), []).append(i)
+            free = [r for r in groups if r not in self.roots] or list(groups)
+            best = min(free, key=lambda r: (self.misfit_of_users(layer, groups[r]), groups[r][0]))
+            self.roots.add(best)
+            self.known[layer.inputs[0]] = self.spread([best])
+            return groups[best]
         if exact:
             return exact
         odd = [i for i in found if i not in self.taken]
         odd.sort(key=lambda i: (_params(self.file.tensors[self.file.ops[i].outputs[0]]) in self.params, i))
         return odd[:1]
 
+    def root(self, number: int) -> int:
+        """The tensor that an operator computed, before any copies and changes of layout."""
+        op = self.producers.get(number)
+        return self.root(op.inputs[0]) if op is not None and self.is_same(op) else number
+
+    def misfit_of_users(self, layer: Layer, quantize: Sequence[int]) -> int:
+        """Differing weights of the best operators behind these quantize operators, over the layers that read this layer."""
+        values = set(self.spread(n for i in quantize for n in self.file.ops[i].outputs))
+        users = [la for la in self.program.layers if "weight" in la.args and layer.name in la.inputs]
+        return sum(
+            min((self.misfit(la, self.file.ops[i])[1] for i in self.candidates(_MAIN[la.op], values)), default=1 << 30)
+            for la in users
+        )
+
     def main(self, layer: Layer, pool: set[int] | None) -> list[int]:
         ops: list[int] = []
         if layer.op == "qavg_pool2d" and any(layer.args["padding"]):
             ops, pool = self.extend(layer, pool, _PAD, ops)
         if layer.op == "qconcat" and pool is not None:
-            requantized = [i for i, op in enumerate(self.file.ops) if self.is_quantize(op) and op.inputs[0] in pool and self.joined(op)]
+            requantized = [
+                i for i, op in enumerate(self.file.ops) if self.is_quantize(op) and op.inputs[0] in pool and self.joined(op)
+            ]
             ops, pool = requantized, pool | set(self.spread(n for i in requantized for n in self.file.ops[i].outputs))
         while True:
             found = self.candidates(_MAIN[layer.op], pool)
@@ -283,19 +317,20 @@ class _Placer:
         return outs
 
     def absorb(self, layer: Layer, pool: set[int] | None, kinds: set[str]) -> tuple[list[int], list[int]]:
-        """Follow operators of the given kinds from the layer's input until its output's type, shape and scale are there."""
+        """Follow operators of the given kinds from the layer's input until its output's type and shape are there.
+
+        A layer that only moves integers may have no operator at all (a reshape that moves no bytes, a permute and its inverse).
+        """
         if pool is None:
             return [], []
         ops: list[int] = []
-        outs, reached = sorted(pool), set(pool)
-        while not (ops and self.done(layer, outs)):
-            if not ops and layer.op != "qlut" and self.done(layer, outs) and layer.op != "qreshape":
-                break
+        outs, reached, moves = sorted(pool), set(pool), layer.op != "qlut"
+        while not (self.done(layer, outs) and (ops or layer.op == "qslice")):
             found = [i for i in self.candidates(kinds, reached) if i not in ops]
-            if layer.op == "qlut" and not ops:
-                found.sort(key=lambda i: self.fits(layer, self.outputs_peek(layer, self.file.ops[i])))
-            if layer.op == "qreshape":
+            if layer.op in ("qreshape", "qpermute"):
                 found = [i for i in found if not self.fits(layer, self.spread(self.file.ops[i].outputs))[0]]
+            elif not moves:
+                found.sort(key=lambda i: self.unlike(layer, i))
             if not found:
                 break
             ops.append(found[0])
@@ -304,7 +339,14 @@ class _Placer:
             if all(self.dtype(n) == "float32" for n in outs) and quantize:
                 outs = self.spread(n for i in quantize for n in self.file.ops[i].outputs)
             reached |= set(outs)
-        return ops, outs if ops or layer.op != "qlut" else []
+        return ops, outs if ops or moves else []
+
+    def unlike(self, layer: Layer, number: int) -> tuple[bool, tuple[bool, bool], int]:
+        """Sorts first what a table function's next operator looks like: in float where the function takes several."""
+        outputs = self.file.ops[number].outputs
+        is_int8 = any(self.dtype(n) == "int8" for n in outputs)
+        several = layer.args["function"] in ("silu", "hardswish", "hardsigmoid", "elu")
+        return several and is_int8, self.fits(layer, self.outputs_peek(layer, self.file.ops[number])), number
 
     def done(self, layer: Layer, outs: Sequence[int]) -> bool:
         values = [self.file.tensors[n] for n in outs if self.dtype(n) == "int8"]

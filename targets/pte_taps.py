@@ -46,17 +46,15 @@ def tapped(file: PteFile, program: FrozenProgram, placement: Placement) -> tuple
     calls = [i.instr_args for c in plan.chains for i in c.instructions if hasattr(i.instr_args, "delegate_index")]
     extra: dict[int, int] = {}
     for number, call in enumerate(calls):
-        inside = [t.tensor for t in taps if t.tensor >> 32 == number + 1]
+        inside = list(dict.fromkeys(t.tensor for t in taps if t.tensor >> 32 == number + 1))
         blob = pte.program.backend_delegate_data[plan.delegates[call.delegate_index].processed.index]
         blob.data = _open_graph(bytes(blob.data), [n & 0xFFFFFFFF for n in inside], len(call.args))
         for n in inside:
             extra[n] = _add_value(plan, file.tensors[n].shape)
             call.args.append(extra[n])
-    for tap in taps:
-        number = extra.get(tap.tensor, tap.tensor)
-        if tap.tensor not in extra:
-            _move(plan, number)  # planning lets a later tensor take its place
-        plan.outputs.append(number)
+    for number in {t.tensor for t in taps} - set(extra):
+        _move(plan, number)  # planning lets a later tensor take its place
+    plan.outputs += [extra.get(t.tensor, t.tensor) for t in taps]
     return bytes(serialize_pte_binary(pte, extract_delegate_segments=True)), taps
 
 
@@ -69,7 +67,9 @@ def _choose(file: PteFile, placement: Placement) -> tuple[Tap, ...]:
     for placed in placement.values():
         layer = placed.layer
         usable = [n for n in placed.values if n in written and (n < 1 << 32 or n not in external)]
-        usable += [op.outputs[0] for op in file.ops if op.kind == "Link" and op.inputs[0] in placed.values and op.outputs[0] < 1 << 32]
+        usable += [
+            op.outputs[0] for op in file.ops if op.kind == "Link" and op.inputs[0] in placed.values and op.outputs[0] < 1 << 32
+        ]
         if usable:
             number = usable[0]
             rank = len(file.tensors[number].shape)
@@ -105,7 +105,7 @@ def _open_graph(blob: bytes, numbers: Sequence[int], first: int) -> bytes:
     opened = _edit_graph(graph, numbers, first)
     padded = opened + bytes(-len(opened) % _ALIGNMENT)
     start = header.flatbuffer_offset
-    edited = XNNHeader(start, len(opened), start + len(padded), len(constants)).to_bytes()
+    edited: bytes = XNNHeader(start, len(opened), start + len(padded), len(constants)).to_bytes()
     return edited + blob[len(edited) : start] + padded + constants
 
 
@@ -118,7 +118,17 @@ def _edit_graph(graph: bytes, numbers: Sequence[int], first: int) -> bytes:
         importlib.resources.as_file(package / "backends" / "xnnpack" / "serialization" / "runtime_schema.fbs") as schema,
     ):
         (Path(folder) / "graph.bin").write_bytes(graph)
-        flags = ["--json", "--strict-json", "--defaults-json", "--raw-binary", "-o", folder, str(schema), "--", f"{folder}/graph.bin"]
+        flags = [
+            "--json",
+            "--strict-json",
+            "--defaults-json",
+            "--raw-binary",
+            "-o",
+            folder,
+            str(schema),
+            "--",
+            f"{folder}/graph.bin",
+        ]
         subprocess.run([str(flatc), *flags], check=True, capture_output=True)
         text = Path(folder) / "graph.json"
         tree = json.loads(text.read_text().replace(": inf", ": Infinity").replace(": -inf", ": -Infinity"))

@@ -88,7 +88,7 @@ def explain_export_error(error: BaseException) -> str:
     Unknown failures give torch's own first line.
     """
     text = str(error)
-    source = _last_frame(text)
+    source = _last_frame(text) or next(iter(re.findall(r"Caused by: \((?:[^)\n]*/)?([^/)\n]+\.py:\d+) in", text)), "")
     where = f"{source}: " if source else ""
     for pattern, sentence in _EXPORT_ERRORS:
         if re.search(pattern, f"{type(error).__name__}: {text}", re.IGNORECASE | re.DOTALL):
@@ -156,7 +156,9 @@ def _node(node: fx.Node, target: str) -> Iterator[Problem]:
     if schema is None:
         name = getattr(node.target, "_name", getattr(node.target, "__name__", str(node.target)))
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            yield _problem(node, name, f"control flow ({name}) is not lowered", "compute both branches and choose with torch.where")
+            yield _problem(
+                node, name, f"control flow ({name}) is not lowered", "compute both branches and choose with torch.where"
+            )
         return
     namespace, name = schema.name.split("::")
     if namespace in _OURS or name in _CHECKS:
@@ -176,7 +178,9 @@ def _node(node: fx.Node, target: str) -> Iterator[Problem]:
             yield _problem(node, name, f"{name} gives complex numbers", remedy)
         return
     if torch.float64 in kinds and torch.float64 not in before:
-        yield _problem(node, name, f"{name} gives float64", "remove .double() and float64 constants; float32 is what targets have")
+        yield _problem(
+            node, name, f"{name} gives float64", "remove .double() and float64 constants; float32 is what targets have"
+        )
         return
     if any(d.is_complex for d in before):
         return  # its cause has been named

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.frozen import FrozenProgram
-from edgekit.targets.pte_file import FileOp, PteFile
+from edgekit.targets.pte_file import FileOp, PteFile, read_pte
 from edgekit.targets.pte_layers import Placement
 
 __all__ = ["Tap", "tapped"]
@@ -55,7 +55,23 @@ def tapped(file: PteFile, program: FrozenProgram, placement: Placement) -> tuple
     for number in {t.tensor for t in taps} - set(extra):
         _move(plan, number)  # planning lets a later tensor take its place
     plan.outputs += [extra.get(t.tensor, t.tensor) for t in taps]
-    return bytes(serialize_pte_binary(pte, extract_delegate_segments=True)), taps
+    return _exact_scales(file, bytes(serialize_pte_binary(pte, extract_delegate_segments=True))), taps
+
+
+def _exact_scales(file: PteFile, copy: bytes) -> bytes:
+    """The copy with the file's own bytes for every scale: the text form keeps 12 decimals, too few for scales below 1e-3."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "copy.pte"
+        path.write_bytes(copy)
+        copied = read_pte(path).tensors
+    original, exact = file.path.read_bytes(), bytearray(copy)
+    for number, tensor in file.tensors.items():
+        for field in ("scale", "scales"):
+            if field in tensor.at:
+                size = 4 if tensor.scales is None or field == "scale" else 4 * len(tensor.scales)
+                start, found = copied[number].at[field], tensor.at[field]
+                exact[start : start + size] = original[found : found + size]
+    return bytes(exact)
 
 
 def _choose(file: PteFile, placement: Placement) -> tuple[Tap, ...]:
@@ -110,7 +126,7 @@ def _open_graph(blob: bytes, numbers: Sequence[int], first: int) -> bytes:
 
 
 def _edit_graph(graph: bytes, numbers: Sequence[int], first: int) -> bytes:
-    """Through JSON and back with the flatbuffer compiler of executorch; float32 survives in its 12 digits."""
+    """Through JSON and back with the flatbuffer compiler of executorch (which rounds scales: see :func:`_exact_scales`)."""
     package = importlib.resources.files("executorch")
     with (
         tempfile.TemporaryDirectory() as folder,

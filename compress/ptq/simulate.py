@@ -1,0 +1,121 @@
+"""A plan in float arithmetic: fake quantization, any batch size.
+
+Weights stand at their grid, biases at theirs, and every activation of an integer layer passes a quantize-dequantize with the
+activation's clamp. It computes what the frozen program computes, but for the last bit of float sums: the "compressed" stage.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from edgekit.compress.capture import Graph
+from edgekit.compress.ptq.freeze import bias_integers
+from edgekit.compress.ptq.observers import ActQ
+from edgekit.compress.ptq.plan import Plan
+from edgekit.compress.ptq.units import Unit
+from edgekit.frozen.ops import activation_bounds
+
+__all__ = ["FakeQuantize", "WeightedLayer", "simulate"]
+
+
+class FakeQuantize(nn.Module):
+    """Float to the nearest ``scale * (q - zero_point)`` within the clamp of an activation; gradients pass straight through."""
+
+    def __init__(self, q: ActQ, activation: str = "none") -> None:
+        super().__init__()
+        self.q = q
+        self.low, self.high = activation_bounds(activation, q.scale, q.zero_point, q.bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: any shape, float32."""
+        integers = torch.round(x / self.q.scale).add(self.q.zero_point).clamp(self.low, self.high)
+        return (integers - self.q.zero_point) * self.q.scale
+
+
+class WeightedLayer(nn.Module):
+    """conv2d or linear with its attributes; ``weight`` and ``bias`` are parameters that a rounding method may read and set."""
+
+    def __init__(self, unit: Unit, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.unit_name, self.kind, self.attributes = unit.name, unit.kind, dict(unit.attributes)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, C, H, W) for a conv, (..., features) for a linear."""
+        if self.kind == "qlinear":
+            return F.linear(x, self.weight, self.bias)
+        a = self.attributes
+        return F.conv2d(x, self.weight, self.bias, a["stride"], a["padding"], a["dilation"], a["groups"])
+
+
+def simulate(graph: Graph, plan: Plan) -> fx.GraphModule:
+    """The plan as a float module over the graph's inputs; weighted layers are :class:`WeightedLayer` ``layer_<i>``."""
+    root = nn.Module()
+    out = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    entered: dict[fx.Node, fx.Node] = {}
+    starts = {u.nodes[-1]: u for u in plan.units}
+    inside = {n for u in plan.units for n in u.nodes}
+
+    def quantizer(node: fx.Node, activation: str, source: fx.Node) -> fx.Node:
+        name = f"quantize_{node.name}"
+        root.add_module(name, FakeQuantize(plan.activations[node.name], activation))
+        return out.call_module(name, (source,))
+
+    def enter(node: fx.Node) -> fx.Node:
+        """The quantized value of an integer layer's input."""
+        if node in starts:
+            return values[node]
+        if node not in entered:
+            entered[node] = quantizer(node, "none", values[node])
+        return entered[node]
+
+    for node in graph.module.graph.nodes:
+        if node in starts:
+            unit = starts[node]
+            ins = {i: enter(i) for i in unit.inputs}
+            if unit.weight is not None:
+                name = f"layer_{plan.units.index(unit)}"
+                root.add_module(name, _layer(unit, plan))
+                made = out.call_module(name, (ins[unit.inputs[0]],))
+            else:
+                made = out.node_copy(unit.nodes[0], {**values, **ins}.__getitem__)
+            values[node] = made if unit.inherits else quantizer(node, unit.activation, made)
+        elif node in inside:
+            continue
+        elif node.op == "output":
+            out.output(fx.map_arg(node.args[0], values.__getitem__))
+        else:
+            values[node] = out.node_copy(node, values.__getitem__)
+            if node.op == "get_attr":
+                _copy_tensor(graph.module, root, str(node.target))
+    module = fx.GraphModule(root, out).eval()
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def _layer(unit: Unit, plan: Plan) -> WeightedLayer:
+    w, x = plan.weights[unit.name], plan.activations[unit.inputs[0].name]
+    shape = (-1, *[1] * (w.integers.dim() - 1))
+    step = w.scale.double() * x.scale
+    bias = bias_integers(w.bias, x.scale, w.scale, unit.name).double() * step
+    return WeightedLayer(unit, (w.integers.double() * w.scale.double().view(shape)).float(), bias.float())
+
+
+def _copy_tensor(source: nn.Module, root: nn.Module, name: str) -> None:
+    value: Any = source
+    owner = root
+    *path, leaf = name.split(".")
+    for part in path:
+        value = getattr(value, part)
+        if not hasattr(owner, part):
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    if leaf not in owner._buffers:
+        owner.register_buffer(leaf, getattr(value, leaf).detach())

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from nets import images, residual_net
-from pte_nets import Dense, Encoder, Functions, OptionA, Shapes, program
+from pte_nets import Dense, Encoder, Functions, IntegerLinear, OptionA, Shapes, program
 
 from edgekit.artifact import Artifact
 from edgekit.errors import FormatError, InputError, UnsupportedError
@@ -247,6 +247,20 @@ def test_float_weights_are_found_although_delegated(
         executorch.lower(residual, path)
     row = next(c for c in executorch.inspect(path, residual).coverage if c.layer == "head")
     assert (row.runs, row.storage) == ("float", "float32")
+
+
+def test_bias_beyond_float32_is_not_a_mismatch_and_smaller_ones_are_exact(tmp_path: Path) -> None:
+    """A nearly dead channel has a tiny scale and so a huge integer bias."""
+    torch.manual_seed(0)
+    net = IntegerLinear(8, 6, (0.03, 0), (0.05, 0))
+    net.linear.bias = torch.tensor([(1 << 22) - 1, 1 - (1 << 22), 12_345_679, -123_456_789, 7, -8], dtype=torch.int32)
+    net.linear.weight_scale = torch.full((6,), 1e-7)
+    frozen = freeze_module(net, (torch.zeros(1, 8),))
+    found = executorch.lower(frozen, tmp_path / "bias.pte")
+    file = read_pte(found.path)
+    stored = file.tensors[place(file, frozen)["linear"].ops[0].inputs[2]].data
+    assert stored is not None and np.array_equal(stored[[0, 1, 4, 5]], net.linear.bias.numpy()[[0, 1, 4, 5]])
+    check_taps(frozen, found.path, torch.randn(1, 8, generator=torch.Generator().manual_seed(1)))
 
 
 def test_another_program_does_not_match(artifact: Artifact) -> None:

@@ -17,7 +17,7 @@ import io
 import logging
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -306,7 +306,7 @@ def _exported(program: FrozenProgram, opset: int) -> Any:
     return model
 
 
-def _placeholders() -> Mapping[Any, Callable[..., Any]]:
+def _placeholders() -> dict[Callable[..., Any], Callable[..., Any]]:
     """``torch.onnx`` translations: the i-th ``edgekit::`` node becomes a placeholder with the attribute i and its activations."""
     import onnx
     import onnxscript

@@ -35,7 +35,7 @@ def read(path: Path) -> Any:
         FormatError: the file is missing, truncated or not an ONNX model.
     """
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         model = onnx.load_model_from_string(Path(path).read_bytes())

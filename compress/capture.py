@@ -7,10 +7,8 @@ neither. :func:`capture` then removes what computes nothing at inference, folds 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from edgekit.compress.canonical import canonicalize
+from edgekit.compress.explain import explain_export_error, source_line
 from edgekit.errors import ModelError
 
 __all__ = ["Graph", "capture", "check_finite", "export_float", "tensor_of"]
@@ -106,7 +105,7 @@ def capture_exported(exported: ExportedProgram, dynamic_batch: bool, *, sample: 
     flat = _flatten_interface(module)
     canonicalize(flat)
     names = layer_names(flat)
-    lines = {n.name: _source_line(n) for n in flat.graph.nodes}
+    lines = {n.name: source_line(n.meta.get("stack_trace") or "") for n in flat.graph.nodes}
     sources = {name: lines[node] for node, name in names.items() if lines[node]}
     one = tuple(x[:1] for x in sample)
     with torch.no_grad():
@@ -137,27 +136,9 @@ def layer_names(module: fx.GraphModule) -> dict[str, str]:
     return names
 
 
-def explain_export_error(error: Exception) -> str:
-    """One sentence for what ``torch.export`` reports over many lines: reason, source line, remedy."""
-    text = str(error)
-    kind = type(error).__name__
-    place = next((p for p in re.findall(r'File "([^"]+)", line (\d+)', text) if "/torch/" not in p[0]), None)
-    where = f" at {Path(place[0]).name}:{place[1]}" if place else ""
-    if "GuardOnDataDependent" in kind or "data-dependent" in text.lower():
-        return f"the model{where} branches on the value of a tensor, which no graph can hold; use torch.where or torch.cond"
-    line = text.strip().splitlines()[0] if text.strip() else kind
-    return f"torch.export cannot capture the model{where}: {line[:300]}"
-
-
 def _variadic(model: nn.Module) -> bool:
     code = getattr(type(model).forward, "__code__", None)
     return bool(code and code.co_flags & 0x04)
-
-
-def _source_line(node: fx.Node) -> str:
-    trace = node.meta.get("stack_trace") or ""
-    frames = [f for f in re.findall(r'File "([^"]+)", line (\d+)', trace) if "/torch/" not in f[0] and "<" not in f[0]]
-    return f"{Path(frames[-1][0]).name}:{frames[-1][1]}" if frames else ""
 
 
 def _weight_path(node: fx.Node) -> str:

@@ -1,13 +1,12 @@
 """Before conversion: one sentence for each thing a target cannot take, instead of the converter's own failure.
 
 :func:`check_model` looks at a float program as ``torch.export`` captured it, :func:`check_program` at a frozen one, and
-:func:`explain_export_error` at what ``torch.export`` raised when it captured nothing. What a target takes in float is the table
+:func:`edgekit.compress.explain.explain_export_error` at what ``torch.export`` raised when it captured nothing. What a target takes in float is the table
 :data:`ACCEPTED`; what it takes as integers is the table of rules beside its lowering.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,17 +16,17 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
+from edgekit.compress.explain import source_line
 from edgekit.errors import UnsupportedError
 from edgekit.frozen import FrozenProgram, Layer
 from edgekit.targets.accepted import ACCEPTED, REMEDIES
 
-__all__ = ["Problem", "check_model", "check_program", "explain_export_error"]
+__all__ = ["Problem", "check_model", "check_program"]
 
 _VALUE_DEPENDENT = {"nonzero", "item", "_local_scalar_dense", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
 _OURS = ("edgekit", "quantized_decomposed", "prim", "prims")
 _CHECKS = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range_for_size", "sym_size"}
 _VIEWS = {"select", "slice", "view", "narrow", "transpose", "permute", "unsqueeze", "squeeze", "expand", "diagonal", "as_strided"}
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
 
 
 @dataclass(frozen=True)
@@ -80,48 +79,6 @@ def check_program(program: FrozenProgram, target: str) -> None:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UnsupportedError(f"target {target}, {problems[0]}{more}")
-
-
-def explain_export_error(error: BaseException) -> str:
-    """One sentence for an exception of ``torch.export``: the model's line, what it does there, and the remedy.
-
-    Unknown failures give torch's own first line.
-    """
-    text = str(error)
-    source = _last_frame(text) or next(iter(re.findall(r"Caused by: \((?:[^)\n]*/)?([^/)\n]+\.py:\d+) in", text)), "")
-    where = f"{source}: " if source else ""
-    for pattern, sentence in _EXPORT_ERRORS:
-        if re.search(pattern, f"{type(error).__name__}: {text}", re.IGNORECASE | re.DOTALL):
-            return where + sentence
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"{where}torch.export cannot capture the model ({lines[0][:200] if lines else type(error).__name__})"
-
-
-_EXPORT_ERRORS: tuple[tuple[str, str], ...] = (
-    (
-        r"could not guard on data-dependent|DataDependentOutputException|GuardOnDataDependentSymNode.*Eq\(",
-        "the model takes a branch that depends on the values of a tensor; compute both branches and choose with torch.where, "
-        "or move the decision out of the model",
-    ),
-    (
-        r"data-dependent expression|GuardOnDataDependentSymNode|UserError.*data.dependent",
-        "the model turns the values of a tensor into a size or a Python number (.item(), int(), .tolist()); "
-        "use a size that is known when the model is built",
-    ),
-    (
-        r"\.numpy\(\) is not supported|numpy\.ndarray|Cannot (access|convert).*(data pointer|numpy)",
-        "the model leaves torch for numpy; write that step with torch operators",
-    ),
-    (
-        r"specialized .* constant|Constraints violated|ConstraintViolationError",
-        "the model fixes a dimension that was to be dynamic; export it for one shape",
-    ),
-    (
-        r"mutat.*(view|leaf)|a view of a leaf Variable",
-        "the model writes into a view in place; build the result with torch.cat, torch.where or a multiplication instead",
-    ),
-)
-"""Pattern in "class: text" of an exception, and the sentence for it; the first match counts."""
 
 
 def _inputs(exported: ExportedProgram) -> Iterator[Problem]:
@@ -213,16 +170,7 @@ def _tensors(value: Any) -> list[Tensor]:
 def _problem(node: fx.Node, op: str, reason: str, remedy: str) -> Problem:
     stack = node.meta.get("nn_module_stack") or {}
     layer = next(reversed(stack.values()))[0] if stack else ""
-    return Problem(layer, op, _last_frame(node.meta.get("stack_trace") or ""), reason, remedy)
-
-
-def _last_frame(trace: str) -> str:
-    """ "file.py:line" of the innermost frame that is not torch's own."""
-    frames = [(file, line) for file, line, _ in _FRAME.findall(trace) if "site-packages/torch/" not in file.replace("\\", "/")]
-    if not frames:
-        return ""
-    file, line = frames[-1]
-    return f"{file.replace(chr(92), '/').rpartition('/')[2]}:{line}"
+    return Problem(layer, op, source_line(node.meta.get("stack_trace") or ""), reason, remedy)
 
 
 def _layer(layer: Layer, target: str, source: str) -> Iterator[Problem]:

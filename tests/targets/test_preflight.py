@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from nets import residual_net
 from torch import Tensor, nn
 
+from edgekit.compress.explain import explain_export_error
 from edgekit.errors import UnsupportedError
 from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module
 from edgekit.targets.accepted import ACCEPTED
 from edgekit.targets.onnx_rules import RULES
-from edgekit.targets.preflight import Problem, check_model, check_program, explain_export_error
+from edgekit.targets.preflight import Problem, check_model, check_program
 
 TARGETS = ("executorch", "tflite", "onnx")
 X = (torch.zeros(1, 4),)

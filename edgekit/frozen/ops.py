@@ -195,7 +195,7 @@ def _qavg_pool2d(
     x: Tensor, in_scale: float, in_zp: int, out_scale: float, out_zp: int, kernel: Sequence[int],
     stride: Sequence[int], padding: Sequence[int], ceil_mode: bool, count_include_pad: bool,
 ) -> Tensor:  # fmt: skip
-    real = F.avg_pool2d(x.double() - in_zp, kernel, stride, padding, ceil_mode, count_include_pad) * in_scale
+    real = F.avg_pool2d(x.double() - in_zp, list(kernel), list(stride), list(padding), ceil_mode, count_include_pad) * in_scale
     return _round_to(real, out_scale, out_zp, "none", 8)
 
 
@@ -203,14 +203,15 @@ def _qavg_pool2d_fake(
     x: Tensor, in_scale: float, in_zp: int, out_scale: float, out_zp: int, kernel: Sequence[int],
     stride: Sequence[int], padding: Sequence[int], ceil_mode: bool, count_include_pad: bool,
 ) -> Tensor:  # fmt: skip
-    return F.avg_pool2d(x.float(), kernel, stride, padding, ceil_mode, count_include_pad).to(torch.int8)
+    return F.avg_pool2d(x.float(), list(kernel), list(stride), list(padding), ceil_mode, count_include_pad).to(torch.int8)
 
 
 def _qmax_pool2d(
     x: Tensor, scale: float, zero_point: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], ceil_mode: bool,
 ) -> Tensor:  # fmt: skip
-    return F.max_pool2d(x.float(), kernel, stride, padding, dilation, ceil_mode).to(x.dtype)
+    y: Tensor = F.max_pool2d(x.float(), list(kernel), list(stride), list(padding), list(dilation), ceil_mode)
+    return y.to(x.dtype)
 
 
 def _qconcat(
@@ -241,7 +242,8 @@ def _qpermute(x: Tensor, dims: Sequence[int], scale: float, zero_point: int) -> 
 
 
 def _qslice(x: Tensor, dim: int, start: int, end: int, step: int, scale: float, zero_point: int) -> Tensor:
-    return torch.ops.aten.slice.Tensor(x, dim, start, end, step).clone(memory_format=torch.contiguous_format)
+    part: Tensor = torch.ops.aten.slice.Tensor(x, dim, start, end, step)
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def _qlut(x: Tensor, table: Tensor, function: str, in_scale: float, in_zp: int, out_scale: float, out_zp: int) -> Tensor:

@@ -17,7 +17,7 @@ from edgekit.compress.ptq.units import Unit, weight_of
 from edgekit.errors import DataError
 from edgekit.frozen import Unquantized
 
-__all__ = ["Plan", "WeightQ", "calibrate", "make_plan", "quantize_weight", "weight_bits", "weight_scale"]
+__all__ = ["Plan", "WeightQ", "calibrate", "fit", "make_plan", "quantize_weight", "weight_bits", "weight_scale"]
 
 _FIXED = {"sigmoid": ActQ(1 / 256, -128), "hardsigmoid": ActQ(1 / 256, -128), "tanh": ActQ(1 / 128, 0)}
 _MAX_BIAS = {8: 1 << 20, 16: 1 << 30}
@@ -213,14 +213,14 @@ def _observe(
 
     count = 0
     with torch.no_grad():
-        for batch in _fit(graph, data()):
+        for batch in fit(graph, data()):
             _Watcher(graph.module, see, watched).run(*batch)
             count += len(batch[0])
     if count == 0:
         raise DataError("calibration data is empty; give at least one sample")
 
 
-def _fit(graph: Graph, batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+def fit(graph: Graph, batches: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
     """Check each batch against the model's inputs; one sample at a time where the graph's batch is fixed."""
     for batch in batches:
         shapes = [tuple(x.shape[1:]) for x in batch]

@@ -6,6 +6,7 @@ activation's clamp. It computes what the frozen program computes, but for the la
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ from edgekit.compress.ptq.plan import Plan
 from edgekit.compress.ptq.units import Unit
 from edgekit.frozen.ops import activation_bounds
 
-__all__ = ["FakeQuantize", "WeightedLayer", "simulate"]
+__all__ = ["FakeQuantize", "WeightedLayer", "layer_of", "simulate", "taps"]
 
 
 class FakeQuantize(nn.Module):
-    """Float to the nearest ``scale * (q - zero_point)`` within the clamp of an activation; gradients pass straight through."""
+    """Float to the nearest ``scale * (q - zero_point)`` within the clamp of an activation; the gradient is straight through."""
 
     def __init__(self, q: ActQ, activation: str = "none") -> None:
         super().__init__()
@@ -32,8 +33,7 @@ class FakeQuantize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: any shape, float32."""
-        integers = torch.round(x / self.q.scale).add(self.q.zero_point).clamp(self.low, self.high)
-        return (integers - self.q.zero_point) * self.q.scale
+        return torch.fake_quantize_per_tensor_affine(x, self.q.scale, self.q.zero_point, self.low, self.high)
 
 
 class WeightedLayer(nn.Module):
@@ -53,8 +53,29 @@ class WeightedLayer(nn.Module):
         return F.conv2d(x, self.weight, self.bias, a["stride"], a["padding"], a["dilation"], a["groups"])
 
 
-def simulate(graph: Graph, plan: Plan) -> fx.GraphModule:
-    """The plan as a float module over the graph's inputs; weighted layers are :class:`WeightedLayer` ``layer_<i>``."""
+def layer_of(unit: Unit, plan: Plan) -> nn.Module:
+    """A weighted unit with its weights and bias at their grids."""
+    w, x = plan.weights[unit.name], plan.activations[unit.inputs[0].name]
+    shape = (-1, *[1] * (w.integers.dim() - 1))
+    step = w.scale.double() * x.scale
+    bias = bias_integers(w.bias, x.scale, w.scale, unit.name).double() * step
+    return WeightedLayer(unit, (w.integers.double() * w.scale.double().view(shape)).float(), bias.float())
+
+
+def simulate(
+    graph: Graph,
+    plan: Plan,
+    layer: Callable[[Unit, Plan], nn.Module] = layer_of,
+    quantizer: Callable[[str, ActQ, str], nn.Module] | None = None,
+) -> fx.GraphModule:
+    """The plan as a float module over the graph's inputs.
+
+    Args:
+        layer: makes the module of a weighted unit; it becomes ``layer_<i>``, i the unit's place in the plan.
+        quantizer: makes the module that quantizes an activation from (fx node name, quantization, fused activation); it becomes
+            ``quantize_<node>``; :class:`FakeQuantize` if left out.
+    """
+    make = quantizer or (lambda _, q, activation: FakeQuantize(q, activation))
     root = nn.Module()
     out = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
@@ -62,9 +83,9 @@ def simulate(graph: Graph, plan: Plan) -> fx.GraphModule:
     starts = {u.nodes[-1]: u for u in plan.units}
     inside = {n for u in plan.units for n in u.nodes}
 
-    def quantizer(node: fx.Node, activation: str, source: fx.Node) -> fx.Node:
+    def quantized(node: fx.Node, activation: str, source: fx.Node) -> fx.Node:
         name = f"quantize_{node.name}"
-        root.add_module(name, FakeQuantize(plan.activations[node.name], activation))
+        root.add_module(name, make(node.name, plan.activations[node.name], activation))
         return out.call_module(name, (source,))
 
     def enter(node: fx.Node) -> fx.Node:
@@ -72,7 +93,7 @@ def simulate(graph: Graph, plan: Plan) -> fx.GraphModule:
         if node in starts:
             return values[node]
         if node not in entered:
-            entered[node] = quantizer(node, "none", values[node])
+            entered[node] = quantized(node, "none", values[node])
         return entered[node]
 
     for node in graph.module.graph.nodes:
@@ -81,11 +102,12 @@ def simulate(graph: Graph, plan: Plan) -> fx.GraphModule:
             ins = {i: enter(i) for i in unit.inputs}
             if unit.weight is not None:
                 name = f"layer_{plan.units.index(unit)}"
-                root.add_module(name, _layer(unit, plan))
+                root.add_module(name, layer(unit, plan))
                 made = out.call_module(name, (ins[unit.inputs[0]],))
             else:
                 made = out.node_copy(unit.nodes[0], {**values, **ins}.__getitem__)
-            values[node] = made if unit.inherits else quantizer(node, unit.activation, made)
+            exact = unit.inherits and unit.kind != "qavg_pool2d"  # averages are rounded
+            values[node] = made if exact else quantized(node, unit.activation, made)
         elif node in inside:
             continue
         elif node.op == "output":
@@ -100,12 +122,30 @@ def simulate(graph: Graph, plan: Plan) -> fx.GraphModule:
     return module
 
 
-def _layer(unit: Unit, plan: Plan) -> WeightedLayer:
-    w, x = plan.weights[unit.name], plan.activations[unit.inputs[0].name]
-    shape = (-1, *[1] * (w.integers.dim() - 1))
-    step = w.scale.double() * x.scale
-    bias = bias_integers(w.bias, x.scale, w.scale, unit.name).double() * step
-    return WeightedLayer(unit, (w.integers.double() * w.scale.double().view(shape)).float(), bias.float())
+class _Done(Exception):
+    """Everything asked for has been computed."""
+
+
+def taps(module: fx.GraphModule, names: Collection[str], batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Values of the named nodes (fx node name, or target of a module call); what comes after the last one is not computed."""
+    seen: dict[str, Tensor] = {}
+
+    class Tapper(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            name = str(n.target) if n.op == "call_module" else n.name
+            if name in names:
+                seen[name] = result
+                if len(seen) == len(names):
+                    raise _Done
+            return result
+
+    try:
+        with torch.no_grad():
+            Tapper(module).run(*batch)
+    except _Done:
+        pass
+    return seen
 
 
 def _copy_tensor(source: nn.Module, root: nn.Module, name: str) -> None:

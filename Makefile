@@ -26,6 +26,7 @@ lint: $(VENV)/.test
 	$(RUFF) format --check .
 	$(RUFF) check .
 	$(BIN)/mypy
+	for folder in examples/*/; do MYPYPATH=$$folder $(BIN)/mypy $$folder || exit 1; done
 
 # Chromium draws the report in one test; without it that test is skipped and says so.
 tools:

@@ -1,8 +1,8 @@
 """Frozen program to a quantize/dequantize graph: the form ExecuTorch, LiteRT and onnxruntime turn back into integer kernels.
 
-Each ``edgekit::`` operator becomes ``dequantize -> float ATen operator -> quantize`` (``quantized_decomposed`` operators) with the
-program's own integers, scales and zero points; nothing is recomputed. A target states in a :class:`Style` how it wants its weights
-and activations, and may replace single rules.
+Each ``edgekit::`` operator becomes ``dequantize -> float ATen operator -> quantize`` (``quantized_decomposed`` operators) with
+the program's own integers, scales and zero points; nothing is recomputed. A target states in a :class:`Style` how it wants its
+weights and activations, and may replace single rules.
 """
 
 from __future__ import annotations
@@ -45,25 +45,26 @@ class Style:
 
     def dequantize(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
         """Integer activation to float."""
-        if self.unsigned_activations:
-            return _Q.dequantize_per_tensor(x, scale, zero_point + 128, 0, 255, torch.uint8)
-        return _Q.dequantize_per_tensor(x, scale, zero_point, -128, 127, torch.int8)
+        form = (zero_point + 128, 0, 255, torch.uint8) if self.unsigned_activations else (zero_point, -128, 127, torch.int8)
+        real: Tensor = _Q.dequantize_per_tensor(x, scale, *form)
+        return real
 
     def quantize(self, x: Tensor, scale: float, zero_point: int) -> Tensor:
         """Float to integer activation."""
-        if self.unsigned_activations:
-            return _Q.quantize_per_tensor(x, scale, zero_point + 128, 0, 255, torch.uint8)
-        return _Q.quantize_per_tensor(x, scale, zero_point, -128, 127, torch.int8)
+        form = (zero_point + 128, 0, 255, torch.uint8) if self.unsigned_activations else (zero_point, -128, 127, torch.int8)
+        integers: Tensor = _Q.quantize_per_tensor(x, scale, *form)
+        return integers
 
     def weight(self, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
         """Integer weight, one scale for each output channel, to float."""
         low, high = self.weight_range(bits, weight.dim()) if self.weight_range else integer_range(8)
         zero = torch.zeros(weight.shape[0], dtype=torch.int64)
-        if self.integer_weights:
-            return _Q.dequantize_per_channel(weight, scale, zero, 0, low, high, torch.int8)
-        real = weight.float() * scale.view(-1, *[1] * (weight.dim() - 1))
-        stored = _Q.quantize_per_channel(real, scale, zero, 0, low, high, torch.int8)
-        return _Q.dequantize_per_channel(stored, scale, zero, 0, low, high, torch.int8)
+        stored = weight
+        if not self.integer_weights:
+            real = weight.float() * scale.view(-1, *[1] * (weight.dim() - 1))
+            stored = _Q.quantize_per_channel(real, scale, zero, 0, low, high, torch.int8)
+        result: Tensor = _Q.dequantize_per_channel(stored, scale, zero, 0, low, high, torch.int8)
+        return result
 
 
 def to_qdq(program: FrozenProgram, style: Style, aten_rules: Mapping[Any, Callable[..., Any]] | None = None) -> ExportedProgram:
@@ -84,9 +85,10 @@ def rules(style: Style) -> dict[str, Callable[..., Tensor]]:
     dq, q = style.dequantize, style.quantize
 
     def act(y: Tensor, activation: str) -> Tensor:
-        if activation == "relu":
-            return _ATEN.relu.default(y)
-        return _ATEN.hardtanh.default(y, 0.0, 6.0) if activation == "relu6" else y
+        if activation == "none":
+            return y
+        clamped: Tensor = _ATEN.relu.default(y) if activation == "relu" else _ATEN.hardtanh.default(y, 0.0, 6.0)
+        return clamped
 
     def bias_real(bias: Tensor, weight_scale: Tensor, in_scale: float) -> Tensor:
         return bias.float() * (weight_scale * in_scale)

@@ -101,11 +101,8 @@ class Layer:
         weight = self.args.get("weight")
         if not isinstance(weight, Tensor):
             return int(self.args["table"].numel()) if isinstance(self.args.get("table"), Tensor) else 0
-        return (
-            -(-weight.numel() * (self.weight_bits or 8) // 8)
-            + 4 * self.args["bias"].numel()
-            + 4 * self.args["weight_scale"].numel()
-        )
+        packed = -(-weight.numel() * (self.weight_bits or 8) // 8)
+        return packed + 4 * int(self.args["bias"].numel()) + 4 * int(self.args["weight_scale"].numel())
 
 
 class FrozenOp(nn.Module):
@@ -155,8 +152,7 @@ class FrozenProgram:
     @cached_property
     def module(self) -> fx.GraphModule:
         """The graph as a callable module, batch of one."""
-        module: fx.GraphModule = self.exported.module(check_guards=False)  # type: ignore[assignment]
-        return module
+        return self.exported.module(check_guards=False)
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -243,7 +239,7 @@ class FrozenProgram:
                 return result
 
         with torch.no_grad():
-            result = Interpreter(self.module).run(*inputs)  # type: ignore[no-untyped-call]
+            result = Interpreter(self.module).run(*inputs)
         return seen, tuple(result) if isinstance(result, tuple | list) else (result,)
 
 
@@ -269,7 +265,7 @@ def freeze_module(
         exported = torch.export.export(module.eval(), one, strict=False)
     except Exception as error:
         raise ModelError(f"the frozen module of {name} cannot be exported: {str(error).splitlines()[0]}") from error
-    exported._example_inputs = None  # type: ignore[assignment]  # it would be pickled into the file
+    exported._example_inputs = None  # it would be pickled into the file
     for node in exported.graph.nodes:
         node.meta.pop("stack_trace", None)  # absolute paths: not reproducible, not anybody's business
     return FrozenProgram(exported, name, tuple(unquantized), dict(sources or {}))

@@ -273,6 +273,7 @@ def arguments(node: fx.Node) -> list[Any]:
 
 
 def pair(value: Any, rank: int) -> list[int]:
+    """A stride, padding or kernel as a list; one number stands for ``rank`` equal ones."""
     items = list(value) if isinstance(value, list | tuple) else [value]
     return items * rank if len(items) == 1 and rank > 1 else items
 

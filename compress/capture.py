@@ -19,7 +19,7 @@ from edgekit.compress.canonical import canonicalize
 from edgekit.compress.explain import explain_export_error, source_line
 from edgekit.errors import ModelError
 
-__all__ = ["Graph", "capture", "check_finite", "export_float", "tensor_of"]
+__all__ = ["Graph", "capture", "capture_exported", "check_finite", "export_float", "layer_names", "tensor_of"]
 
 
 @dataclass(frozen=True)

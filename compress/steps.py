@@ -12,11 +12,11 @@ from edgekit.compress.capture import Graph, capture
 from edgekit.compress.ptq.freeze import freeze
 from edgekit.compress.ptq.plan import Plan
 from edgekit.compress.ptq.quantize import Progress, quantize, train
-from edgekit.data import Data, first_sample
+from edgekit.data import Data, sample_inputs
 from edgekit.errors import InputError
 from edgekit.frozen import FrozenProgram
 
-__all__ = ["Compressed", "apply", "input_count"]
+__all__ = ["Compressed", "apply"]
 
 
 class _Block(Protocol):
@@ -54,7 +54,7 @@ def apply(
         raise InputError("compress: no steps given; name at least one, such as `- ptq: {weights: int8}`")
     from edgekit.compress.ptq.simulate import simulate
 
-    graph = capture(model, first_sample(data.calibration, inputs=input_count(model, data), what="calibration"))
+    graph = capture(model, sample_inputs(model, data))
     plan: Plan | None = None
     passes: list[dict[str, Any]] = []
     for block in blocks:
@@ -69,16 +69,3 @@ def apply(
         "warnings": list(plan.warnings),
     }
     return Compressed(program, simulate(graph, plan), record)
-
-
-def input_count(model: nn.Module, data: Data) -> int | None:
-    """How many tensors of a calibration batch are the model's inputs; the rest are labels."""
-    if data.evaluation is not None:
-        x = data.evaluation[0]
-        return len(x) if isinstance(x, tuple | list) else 1
-    import inspect
-
-    parameters = inspect.signature(model.forward).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return None
-    return sum(p.default is p.empty for p in parameters) or None

@@ -13,18 +13,19 @@ A *source* is one of:
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from edgekit.errors import DataError
 
-__all__ = ["Data", "Source", "batches", "fingerprint", "first_sample"]
+__all__ = ["Data", "Source", "batches", "fingerprint", "first_sample", "input_count", "sample_inputs"]
 
 Source = Any
 """Tensor, ndarray, tuple of them, Dataset, DataLoader, or a function returning an iterable of batches (see the module)."""
@@ -77,6 +78,24 @@ def batches(
 def first_sample(source: Source, *, inputs: int | None = None, what: str = "data") -> tuple[Tensor, ...]:
     """The first sample of a source as tensors (1, ...): what a model is captured with. Raises as :func:`batches`."""
     return next(batches(source, 1, inputs=inputs, what=what))
+
+
+def input_count(model: nn.Module) -> int | None:
+    """How many tensors ``model.forward`` needs; None where its signature does not say (then data must hold inputs only)."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        graph = getattr(model, "graph", None)
+        return None if graph is None else sum(n.op == "placeholder" for n in graph.nodes)
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters)
+
+
+def sample_inputs(model: nn.Module, data: Data) -> tuple[Tensor, ...]:
+    """The first calibration sample, (1, ...) for each of the model's inputs. Raises DataError as ``batches``."""
+    return first_sample(data.calibration, inputs=input_count(model), what="calibration data")
 
 
 def fingerprint(data: Data, seed: int = 0) -> str:

@@ -114,9 +114,10 @@ def _sample(model: Any, data: str | None, shape: str | None) -> tuple[Any, ...]:
     import torch
 
     from edgekit import source
+    from edgekit.data import sample_inputs
 
     if data is not None:
-        return source.sample_inputs(model, source.load_data(data))
+        return sample_inputs(model, source.load_data(data))
     if shape is None or not re.fullmatch(r"\d+(,\d+)*(;\d+(,\d+)*)*", shape):
         raise InputError("doctor --model needs --data file.py:factory or --shape such as 1,3,32,32 (several inputs: a;b)")
     generator = torch.Generator().manual_seed(0)

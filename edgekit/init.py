@@ -150,10 +150,11 @@ def _try(model: str, data: str) -> None:
     import torch
 
     from edgekit import source
+    from edgekit.data import sample_inputs
     from edgekit.errors import ModelError
 
     module = source.load_model(model)
-    sample = source.sample_inputs(module, source.load_data(data))
+    sample = sample_inputs(module, source.load_data(data))
     try:
         with torch.no_grad():
             module(*sample)

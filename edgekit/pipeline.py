@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekit import environment, recipe, runfolder, source
-from edgekit.data import Data, fingerprint
+from edgekit.data import Data, fingerprint, sample_inputs
 from edgekit.errors import InputError, MissingTool
 from edgekit.files import sha256, write_json, write_whole
 from edgekit.recipe import Recipe, Target
@@ -203,7 +203,7 @@ def _load(settings: Recipe) -> _Loaded:
     data = source.load_data(settings.data, settings.seed)
     file = Path(settings.model.rpartition(":")[0])
     text = hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" else ""
-    return _Loaded(model, data, source.sample_inputs(model, data), settings.seed, text)
+    return _Loaded(model, data, sample_inputs(model, data), settings.seed, text)
 
 
 def _compress(stages: Stages, settings: Recipe, loaded: _Loaded) -> None:

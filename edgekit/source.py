@@ -23,10 +23,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from edgekit.data import Data, first_sample
+from edgekit.data import Data
 from edgekit.errors import DataError, EdgekitError, FormatError, InputError, ModelError
 
-__all__ = ["input_count", "load_data", "load_model", "load_weights", "model_fingerprint", "sample_inputs"]
+__all__ = ["load_data", "load_model", "load_weights", "model_fingerprint"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -92,24 +92,6 @@ def load_weights(model: M, path: Path) -> M:
             raise ModelError(f"{path}: {key} has shape {tuple(value.shape)}, the model's is {tuple(own[key].shape)}")
     model.load_state_dict(state, strict=False)
     return model
-
-
-def input_count(model: nn.Module) -> int | None:
-    """How many tensors ``model.forward`` needs; None where its signature does not say (then data must hold inputs only)."""
-    try:
-        parameters = inspect.signature(model.forward).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        graph = getattr(model, "graph", None)
-        return None if graph is None else sum(n.op == "placeholder" for n in graph.nodes)
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in positional and p.default is p.empty for p in parameters)
-
-
-def sample_inputs(model: nn.Module, data: Data) -> tuple[Tensor, ...]:
-    """The first calibration sample, (1, ...) for each of the model's inputs. Raises DataError as ``batches``."""
-    return first_sample(data.calibration, inputs=input_count(model), what="calibration data")
 
 
 def model_fingerprint(model: nn.Module, sample: tuple[Tensor, ...]) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
 
-__all__ = ["PTQ", "QAT", "bits_of"]
+__all__ = ["PTQ", "QAT", "Quantization", "WeightType", "bits_of"]
 
 _FORBID = ConfigDict(extra="forbid")
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from edgekit import source
-from edgekit.data import Data
+from edgekit.data import Data, sample_inputs
 from edgekit.errors import DataError, FormatError, InputError, ModelError
 
 MODEL = """
@@ -125,5 +125,5 @@ def test_the_fingerprint_sees_weights_and_graph() -> None:
 
 def test_the_sample_leaves_labels_out() -> None:
     x = torch.randn(5, 3)
-    (found,) = source.sample_inputs(Scaled(1.0), Data((x, torch.arange(5))))
+    (found,) = sample_inputs(Scaled(1.0), Data((x, torch.arange(5))))
     assert torch.equal(found, x[:1])

@@ -17,7 +17,7 @@ from edgekit.compress.ptq.units import Unit, weight_of
 from edgekit.errors import DataError
 from edgekit.frozen import Unquantized
 
-__all__ = ["Plan", "WeightQ", "calibrate", "fit", "make_plan", "quantize_weight", "weight_bits", "weight_scale"]
+__all__ = ["Plan", "WeightQ", "calibrate", "fit", "make_plan", "quantize_weight", "weight_bits", "weight_scale", "with_bias"]
 
 _FIXED = {"sigmoid": ActQ(1 / 256, -128), "hardsigmoid": ActQ(1 / 256, -128), "tanh": ActQ(1 / 128, 0)}
 _MAX_BIAS = {8: 1 << 20, 16: 1 << 30}
@@ -106,6 +106,12 @@ def weight_bits(units: Sequence[Unit], settings: Quantization) -> dict[str, int]
 def minimal_scale(bias: Tensor, x: ActQ) -> Tensor:
     """Smallest weight scale, float32 (channels,), with which the bias still fits its integer range."""
     return (bias.abs().double() / (x.scale * _MAX_BIAS[x.bits])).clamp(min=1e-9).float()
+
+
+def with_bias(w: WeightQ, bias: Tensor, x: ActQ) -> WeightQ:
+    """The same weights with another bias (float64), held within what its integers can hold."""
+    limit = w.scale.double() * x.scale * _MAX_BIAS[x.bits]
+    return replace(w, bias=torch.minimum(torch.maximum(bias, -limit), limit))
 
 
 def weight_scale(weight: Tensor, bits: int, settings: Quantization) -> Tensor:

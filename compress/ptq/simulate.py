@@ -47,10 +47,14 @@ class WeightedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W) for a conv, (..., features) for a linear."""
+        return self.compute(x, self.weight, self.bias)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The layer with another weight and bias."""
         if self.kind == "qlinear":
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, weight, bias)
         a = self.attributes
-        return F.conv2d(x, self.weight, self.bias, a["stride"], a["padding"], a["dilation"], a["groups"])
+        return F.conv2d(x, weight, bias, a["stride"], a["padding"], a["dilation"], a["groups"])
 
 
 def layer_of(unit: Unit, plan: Plan) -> nn.Module:

@@ -1,0 +1,109 @@
+"""The networks that are measured, from the examples' recipes, and the files of benchmark results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgekit import environment, recipe, source
+from edgekit.compress.steps import apply
+from edgekit.files import write_json
+from edgekit.frozen import FrozenProgram
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+WORK = ROOT / "runs" / "benchmarks"
+RECIPES = {
+    "resnet20": ("cifar_resnet20/recipe.yaml", "cifar_resnet20/w4a8.yaml"),
+    "resnet8": ("mlperf_tiny/resnet8.yaml", "mlperf_tiny/resnet8_w4a8.yaml"),
+    "dscnn": ("mlperf_tiny/dscnn.yaml", "mlperf_tiny/dscnn_w4a8.yaml"),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network with the samples everybody is given.
+
+    Attributes:
+        calibration: (N, ...) float32; seed 0: the recipe's own, other seeds: as many others from the training samples.
+        x, y: (1000, ...) samples and labels that every file is judged on.
+    """
+
+    name: str
+    model: nn.Module
+    calibration: Tensor
+    x: Tensor
+    y: Tensor
+
+    @property
+    def sample(self) -> tuple[Tensor]:
+        return (self.calibration[:1].contiguous(),)
+
+    def accuracy(self, outputs: np.ndarray) -> float:
+        """Percent."""
+        return 100 * float((outputs.reshape(len(self.y), -1).argmax(1) == self.y.numpy()).mean())
+
+
+def subject(name: str, seed: int = 0, samples: int | None = None) -> Subject:
+    """Load a network and its samples; ``samples`` of the evaluation set, for trying a script out."""
+    settings = recipe.load(ROOT / "examples" / RECIPES[name][0])
+    data = source.load_data(settings.data)
+    calibration, (x, y) = data.calibration, data.evaluation
+    if seed:
+        drawn = torch.randperm(len(data.training[0]), generator=torch.Generator().manual_seed(seed))
+        calibration = data.training[0][drawn[: len(calibration)]]
+    return Subject(name, source.load_model(settings.model), calibration, x[:samples], y[:samples])
+
+
+def compressed(net: Subject, bits: int, seed: int = 0) -> FrozenProgram:
+    """The frozen program that the example's recipe makes of the network; ``bits`` of the weights, 8 or 4."""
+    settings = recipe.replace(recipe.load(ROOT / "examples" / RECIPES[net.name][bits == 4]), seed=seed)
+    data = source.load_data(settings.data)
+    made = apply(net.model, settings.compress, type(data)(calibration=net.calibration), name=net.name)
+    return made.program
+
+
+def write(name: str, rows: Sequence[Mapping[str, Any]], notes: Iterable[str] = ()) -> None:
+    """Write ``results/<name>.json``."""
+    command = " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
+    known = {**environment.describe(), "threads": 1}
+    value = {"rows": list(rows), "environment": known, "command": command, "notes": list(notes)}
+    write_json(RESULTS / f"{name}.json", json.loads(json.dumps(value, default=float)))
+
+
+def arguments(what: str, **more: Any) -> argparse.Namespace:
+    """Common options; ``more``: name to default value."""
+    parser = argparse.ArgumentParser(description=what)
+    parser.add_argument("--models", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    for name, default in more.items():
+        kind = type(default[0]) if isinstance(default, list) else (int if default is None else type(default))
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", default=default, type=kind, nargs="+" if isinstance(default, list) else None
+        )
+    torch.set_num_threads(1)
+    return parser.parse_args()
+
+
+def one_line(error: BaseException) -> str:
+    """An error as a remark, without folders."""
+    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return re.sub(r"/\S*/", "", text)[:200]
+
+
+def log(text: str) -> None:
+    """To the terminal, at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -12,7 +12,7 @@
  * `bias` of weighted layers is FOLDED: bias[o] - in_zp * sum(w[o]); so kernels multiply plain x by w, and padding is x = in_zp.
  *
  * Weight arrays: aligned to 16 and readable up to a multiple of 4 bytes (round the array up; the content of the rest is free).
- * Scratch: aligned to 16; sizes are those of edgekit.firmware_sim.kernels.scratch_bytes(). NULL where that is 0. Contents are free.
+ * Scratch: aligned to 16; sizes are those of edgekit.firmware_sim.kernels: conv2d_scratch(), .... NULL where that is 0. Contents are free.
  * x, y and scratch do not overlap, except where a kernel is marked "in place": there y may equal x (or a).
  */
 #ifndef EDGEKIT_H

@@ -1,0 +1,148 @@
+/* What the kernels share: requantization, copies and the rows of a weighted layer. Not for applications. */
+#ifndef EDGEKIT_INTERNAL_H
+#define EDGEKIT_INTERNAL_H
+
+#include "edgekit.h"
+
+#if EK_SET == EK_MVE
+#include <arm_mve.h>
+#endif
+
+#define EK_NOINLINE __attribute__((noinline))
+#define EK_INLINE static inline __attribute__((always_inline))
+
+EK_INLINE uint32_t ek_round4(uint32_t n) { return (n + 3u) & ~3u; }
+EK_INLINE uint32_t ek_round16(uint32_t n) { return (n + 15u) & ~15u; }
+
+EK_INLINE int32_t ek_clamp(int32_t v, int32_t low, int32_t high) { return v < low ? low : v > high ? high : v; }
+
+/* (a * m + 2^30) >> 31 for |a| < 2^30. SMMULR is (2a * m + 2^31) >> 32: the same number in two instructions. */
+EK_INLINE int32_t ek_high(int32_t a, int32_t m) {
+#if EK_SET != EK_PORTABLE
+    int32_t h;
+    __asm("smmulr %0, %1, %2" : "=r"(h) : "r"(a << 1), "r"(m));
+    return h;
+#else
+    return (int32_t)(((int64_t)a * m + (1 << 30)) >> 31);
+#endif
+}
+
+/* h / 2^n, ties away from zero. */
+EK_INLINE int32_t ek_divide_power(int32_t h, int n) {
+    if (n == 0) return h;
+    return (h + (h >> 31) + (1 << (n - 1))) >> n;
+}
+
+EK_INLINE int32_t ek_scale(int32_t acc, int32_t multiplier, int shift) {
+    if (shift > 0) return ek_high((int32_t)((uint32_t)acc << shift), multiplier);
+    return ek_divide_power(ek_high(acc, multiplier), -shift);
+}
+
+#if EK_SET == EK_MVE
+EK_INLINE int32x4_t ek_scale4(int32x4_t acc, int32x4_t multiplier, int32x4_t shift) {
+    const int32x4_t none = vdupq_n_s32(0), left = vmaxq_s32(shift, none), right = vminq_s32(shift, none);
+    const int32x4_t h = vqrdmulhq_s32(vshlq_s32(acc, left), multiplier);
+    const int32x4_t fix = vshrq_n_s32(vandq_s32(h, right), 31); /* ties of negative values away from zero; nothing if right is 0 */
+    return vrshlq_s32(vaddq_s32(h, fix), right);
+}
+EK_INLINE int32x4_t ek_clamp4(int32x4_t q, int32_t zero, int32_t low, int32_t high) {
+    return vmaxq_s32(vminq_s32(vaddq_n_s32(q, zero), vdupq_n_s32(high)), vdupq_n_s32(low));
+}
+#endif
+
+/* Words at any address, where the core can. */
+typedef uint32_t ek_word __attribute__((may_alias, aligned(1)));
+
+/* newlib-nano's memcpy and memset go byte by byte. */
+EK_INLINE void ek_copy(int8_t *to, const int8_t *from, uint32_t n) {
+#if EK_SET == EK_MVE
+    __asm volatile("wlstp.8 lr, %[n], 2f\n"
+                   "1: vldrb.8 q0, [%[from]], #16\n vstrb.8 q0, [%[to]], #16\n letp lr, 1b\n2:\n"
+                   : [from] "+r"(from), [to] "+r"(to)
+                   : [n] "r"(n)
+                   : "lr", "memory", "q0");
+#else
+#if EK_SET == EK_DSP || defined(__ARM_FEATURE_UNALIGNED)
+    for (; n >= 4; n -= 4, to += 4, from += 4) *(ek_word *)to = *(const ek_word *)from;
+#else
+    if ((((uintptr_t)to | (uintptr_t)from) & 3u) == 0)
+        for (; n >= 4; n -= 4, to += 4, from += 4) *(uint32_t *)(void *)to = *(const uint32_t *)(const void *)from;
+#endif
+    for (; n; n--) *to++ = *from++;
+#endif
+}
+
+EK_INLINE void ek_fill(int8_t *to, int8_t value, uint32_t n) {
+#if EK_SET == EK_MVE
+    const int8x16_t v = vdupq_n_s8(value);
+    for (int32_t left = (int32_t)n; left > 0; left -= 16, to += 16) vst1q_p(to, v, vctp8q((uint32_t)left));
+#else
+    for (; n; n--) *to++ = value;
+#endif
+}
+
+/* The rows of a weighted layer, or of one group of a convolution: y[o] = clamp(requantized(bias[o] + sum_k w[o][k] * x[k]) + out_zp). */
+typedef struct {
+    const int8_t *weights; /* out_n rows of row_bytes */
+    const int32_t *bias;
+    const int32_t *multiplier;
+    const int8_t *shift;
+    int8_t *unpacked; /* room for 4 rows of packed weights; not used for int8 */
+    uint32_t k, out_n, row_bytes;
+    int32_t zero, low, high;
+    int bits;
+} ek_rows;
+
+EK_INLINE uint32_t ek_row_bytes(uint32_t k, int bits) { return (k * (uint32_t)bits + 7u) >> 3; }
+
+/* `count` (<= 4) rows from `o` as int8, *stride bytes apart. */
+const int8_t *ek_fetch(const ek_rows *r, uint32_t o, uint32_t count, uint32_t *stride);
+
+/* One column of k bytes; DSP: k expanded to pairs by ek_expand(). */
+void ek_rows_one(const ek_rows *r, const int8_t *column, int8_t *y);
+
+EK_INLINE int8_t ek_finish(int32_t acc, int32_t multiplier, int shift, const ek_rows *r) {
+    return (int8_t)ek_clamp(ek_scale(acc, multiplier, shift) + r->zero, r->low, r->high);
+}
+
+#if EK_SET == EK_DSP
+EK_INLINE uint32_t ek_even(uint32_t v) {
+    uint32_t r;
+    __asm("sxtb16 %0, %1" : "=r"(r) : "r"(v));
+    return r;
+}
+EK_INLINE uint32_t ek_odd(uint32_t v) {
+    uint32_t r;
+    __asm("sxtb16 %0, %1, ror #8" : "=r"(r) : "r"(v));
+    return r;
+}
+EK_INLINE int32_t ek_smlad(uint32_t a, uint32_t b, int32_t acc) {
+    int32_t r;
+    __asm("smlad %0, %1, %2, %3" : "=r"(r) : "r"(a), "r"(b), "r"(acc));
+    return r;
+}
+
+/* Four bytes become two words of two int16: (0, 2) and (1, 3), as SXTB16 gives them. Blocks are `step` words apart.
+ * n is rounded up to a multiple of 4 with zeros. Returns the next block. */
+EK_INLINE uint32_t *ek_expand(const int8_t *x, uint32_t n, uint32_t *pairs, uint32_t step) {
+    for (; n >= 4; n -= 4, x += 4, pairs += step) {
+        const uint32_t v = *(const ek_word *)x;
+        pairs[0] = ek_even(v);
+        pairs[1] = ek_odd(v);
+    }
+    if (n) {
+        uint32_t v = (uint8_t)x[0];
+        if (n > 1) v |= (uint32_t)(uint8_t)x[1] << 8;
+        if (n > 2) v |= (uint32_t)(uint8_t)x[2] << 16;
+        pairs[0] = ek_even(v);
+        pairs[1] = ek_odd(v);
+        pairs += step;
+    }
+    return pairs;
+}
+
+/* Four columns at once: blocks of the four lie beside each other (8 words), y rows y_stride apart. */
+void ek_rows_four(const ek_rows *r, const uint32_t *columns, int8_t *y, uint32_t y_stride);
+#endif
+
+#endif

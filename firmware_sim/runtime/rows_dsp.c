@@ -1,0 +1,85 @@
+/* Rows by SMLAD. The inner loops are whole blocks of assembly in fixed registers: GCC 12 spills what it schedules itself. */
+#include "internal.h"
+
+#if EK_SET == EK_DSP
+
+/* One block: 4 weights of a row by 4 columns (r3-r6). */
+#define QUAD                                                                                                          \
+    "ldr r12, [r0], #4\n sxtb16 lr, r12\n sxtb16 r12, r12, ror #8\n"                                                  \
+    "ldm r1!, {r8-r11}\n smlad r3, lr, r8, r3\n smlad r3, r12, r9, r3\n smlad r4, lr, r10, r4\n smlad r4, r12, r11, r4\n" \
+    "ldm r1!, {r8-r11}\n smlad r5, lr, r8, r5\n smlad r5, r12, r9, r5\n smlad r6, lr, r10, r6\n smlad r6, r12, r11, r6\n"
+
+/* One block: 4 values of a column by 4 rows (r3-r6), r8 bytes apart; r9 is 3 * r8. */
+#define ROW(acc, load) \
+    "ldr r12, " load "\n sxtb16 lr, r12\n sxtb16 r12, r12, ror #8\n smlad " acc ", lr, r10, " acc "\n smlad " acc ", r12, r11, " acc "\n"
+#define COLUMN "ldrd r10, r11, [r1], #8\n" ROW("r4", "[r0, r8]") ROW("r5", "[r0, r8, lsl #1]") ROW("r6", "[r0, r9]") ROW("r3", "[r0], #4")
+
+/* Runs `block` r2 times, four at a turn. */
+#define REPEAT(block)                                                                                \
+    "subs r2, r2, #4\n blo 2f\n1:\n" block block block block "subs r2, r2, #4\n bhs 1b\n2: adds r2, r2, #4\n beq 4f\n3:\n" block \
+    "subs r2, r2, #1\n bne 3b\n4:\n"
+
+EK_INLINE int8_t finish(int32_t acc, int32_t multiplier, int left, int right, int32_t round, const ek_rows *r) {
+    int32_t h = ek_high((int32_t)((uint32_t)acc << left), multiplier);
+    if (right) h = (h + (h >> 31) + round) >> right;
+    return (int8_t)ek_clamp(h + r->zero, r->low, r->high);
+}
+
+EK_NOINLINE void ek_rows_four(const ek_rows *r, const uint32_t *columns, int8_t *y, uint32_t y_stride) {
+    const uint32_t blocks = (r->k + 3) >> 2;
+    for (uint32_t o = 0; o < r->out_n; o++, y++) {
+        uint32_t stride;
+        register const int8_t *w __asm("r0") = ek_fetch(r, o, 1, &stride);
+        register const uint32_t *q __asm("r1") = columns;
+        register uint32_t n __asm("r2") = blocks;
+        register int32_t a0 __asm("r3") = r->bias[o];
+        register int32_t a1 __asm("r4") = a0;
+        register int32_t a2 __asm("r5") = a0;
+        register int32_t a3 __asm("r6") = a0;
+        __asm volatile(REPEAT(QUAD)
+                       : "+r"(w), "+r"(q), "+r"(n), "+r"(a0), "+r"(a1), "+r"(a2), "+r"(a3)
+                       :
+                       : "r8", "r9", "r10", "r11", "r12", "lr", "cc", "memory");
+        const int32_t acc[4] = {a0, a1, a2, a3};
+        const int32_t multiplier = r->multiplier[o];
+        const int shift = r->shift[o], left = shift > 0 ? shift : 0, right = left - shift;
+        const int32_t round = right ? 1 << (right - 1) : 0;
+        int8_t *to = y;
+        for (int i = 0; i < 4; i++, to += y_stride) *to = finish(acc[i], multiplier, left, right, round, r);
+    }
+}
+
+EK_NOINLINE void ek_rows_one(const ek_rows *r, const int8_t *column, int8_t *y) {
+    const uint32_t blocks = (r->k + 3) >> 2;
+    uint32_t o = 0;
+    for (; o + 4 <= r->out_n; o += 4) {
+        uint32_t gap;
+        register const int8_t *w __asm("r0") = ek_fetch(r, o, 4, &gap);
+        register const int8_t *q __asm("r1") = column;
+        register uint32_t n __asm("r2") = blocks;
+        register int32_t a0 __asm("r3") = r->bias[o];
+        register int32_t a1 __asm("r4") = r->bias[o + 1];
+        register int32_t a2 __asm("r5") = r->bias[o + 2];
+        register int32_t a3 __asm("r6") = r->bias[o + 3];
+        register uint32_t stride __asm("r8") = gap;
+        register uint32_t stride3 __asm("r9") = gap * 3;
+        __asm volatile(REPEAT(COLUMN)
+                       : "+r"(w), "+r"(q), "+r"(n), "+r"(a0), "+r"(a1), "+r"(a2), "+r"(a3)
+                       : "r"(stride), "r"(stride3)
+                       : "r10", "r11", "r12", "lr", "cc", "memory");
+        const int32_t acc[4] = {a0, a1, a2, a3};
+        for (uint32_t i = 0; i < 4; i++) y[o + i] = ek_finish(acc[i], r->multiplier[o + i], r->shift[o + i], r);
+    }
+    for (; o < r->out_n; o++) {
+        uint32_t stride;
+        const int8_t *w = ek_fetch(r, o, 1, &stride);
+        const uint32_t *q = (const uint32_t *)(const void *)column;
+        int32_t a = r->bias[o];
+        for (uint32_t i = 0; i < blocks; i++, w += 4, q += 2) {
+            const uint32_t v = *(const ek_word *)w;
+            a = ek_smlad(ek_odd(v), q[1], ek_smlad(ek_even(v), q[0], a));
+        }
+        y[o] = ek_finish(a, r->multiplier[o], r->shift[o], r);
+    }
+}
+#endif

@@ -22,7 +22,7 @@ from edgekit.compress.ptq.plan import Plan, WeightQ, fit, quantize_weight
 from edgekit.compress.ptq.simulate import FakeQuantize, simulate
 from edgekit.compress.ptq.units import Unit, weight_of
 
-__all__ = ["error_compensation", "layers_of", "twin"]
+__all__ = ["activated", "brevitas_layer", "error_compensation", "layers_of", "twin"]
 
 Batches = Callable[[], Iterable[tuple[Tensor, ...]]]
 
@@ -55,6 +55,11 @@ class _Fixed(nn.Module):
         return self.fake(x), self.scale, self.zero_point, self.bits
 
 
+def activated(x: Tensor, activation: str) -> Tensor:
+    """The float activation that is fused into a unit."""
+    return F.relu(x) if activation == "relu" else F.relu6(x) if activation == "relu6" else x
+
+
 class _Activation(nn.Module):
     """The float activation, for passes in which Brevitas switches quantization off."""
 
@@ -63,7 +68,7 @@ class _Activation(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return {"none": lambda v: v, "relu": F.relu, "relu6": F.relu6}[self.activation](x)
+        return activated(x, self.activation)
 
 
 def twin(graph: Graph, plan: Plan) -> fx.GraphModule:
@@ -84,16 +89,16 @@ def twin(graph: Graph, plan: Plan) -> fx.GraphModule:
         weight, _ = weight_of(graph, unit)
         w = plan.weights[unit.name]
         quantizer = WeightGrid.let(tensor_quant=_Grid(w.scale, w.bits, weight.dim()))
-        made = brevitas_layer(unit, weight, quantizer)
-        made.weight.data.copy_(weight)
-        made.bias.data.copy_(w.bias)
+        made: nn.Module = brevitas_layer(unit, weight, quantizer)
+        made.get_parameter("weight").data.copy_(weight)
+        made.get_parameter("bias").data.copy_(w.bias)
         return made
 
     def activation(_: str, q: ActQ, fused: str) -> nn.Module:
         quantizer = FixedActivation.let(tensor_quant=_Fixed(q, fused))
-        layer = qnn.QuantIdentity(act_quant=quantizer, return_quant_tensor=False)
-        layer.act_quant.fused_activation_quant_proxy.activation_impl = _Activation(fused)
-        return layer  # type: ignore[no-any-return]
+        layer: nn.Module = qnn.QuantIdentity(act_quant=quantizer, return_quant_tensor=False)
+        layer.get_submodule("act_quant.fused_activation_quant_proxy").activation_impl = _Activation(fused)
+        return layer
 
     return simulate(graph, plan, layer, activation)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,16 @@ from edgekit.compress.ptq.freeze import freeze
 from edgekit.compress.ptq.plan import Plan, make_plan
 from edgekit.compress.ptq.settings import PTQ, QAT, Quantization, bits_of
 from edgekit.compress.ptq.units import find_units
-from edgekit.data import Data, batches, first_sample
+from edgekit.data import Data, batches, sample_inputs
 from edgekit.frozen import FrozenProgram
 
-__all__ = ["Progress", "calibration_stream", "quantize", "quantize_model", "train"]
+__all__ = ["Progress", "Stream", "calibration_stream", "quantize", "quantize_model", "train"]
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, how much is done, how much there is)."""
+
+Stream = Callable[[], Iterable[tuple[Tensor, ...]]]
+"""Makes a fresh stream of calibration batches."""
 
 
 def quantize(
@@ -34,11 +38,36 @@ def quantize(
         The graph that was quantized (equalized if asked for) and its plan.
     """
     torch.manual_seed(settings.seed)
+    changes: dict[str, str] = {}
+    if settings.equalize:
+        from edgekit.compress.ptq.equalize import equalize
+
+        graph, equalized = equalize(graph)
+        changes = dict.fromkeys(equalized, "equalized")
     units, unquantized = find_units(graph, settings.skip, bits_of(settings.activations))
-    stream = calibration_stream(graph, settings, data, progress)
-    made = make_plan(graph, units, unquantized, settings, stream)
-    changes = {n: f"weights int{w.bits}, {settings.method}" for n, w in made.weights.items()}
+    made = make_plan(graph, units, unquantized, settings, calibration_stream(graph, settings, data, progress))
+    made = _improve(graph, made, settings, calibration_stream(graph, settings, data), progress)
+    for name, w in made.weights.items():
+        steps = [f"weights int{w.bits}, {settings.method}", *(["bias corrected"] if settings.bias_correction else [])]
+        changes[name] = ", ".join([*steps, *([changes[name]] if name in changes else [])])
     return graph, replace(made, changes=changes)
+
+
+def _improve(graph: Graph, plan: Plan, settings: PTQ, stream: Stream, progress: Progress | None) -> Plan:
+    """Round by the method asked for, then correct biases."""
+    if settings.method != "nearest":
+        from edgekit.compress.ptq.rounding import round_weights
+
+        plan = plan.with_weights(round_weights(graph, plan, stream, settings, _labelled(progress, settings.method)))
+    if settings.bias_correction:
+        from edgekit.compress.ptq.bias_correction import correct_biases
+
+        plan = plan.with_weights(correct_biases(graph, plan, stream, _labelled(progress, "correct biases")))
+    return plan
+
+
+def _labelled(progress: Progress | None, label: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else partial(progress, label)
 
 
 def train(
@@ -48,9 +77,7 @@ def train(
     raise NotImplementedError
 
 
-def calibration_stream(
-    graph: Graph, settings: Quantization, data: Data, progress: Progress | None = None
-) -> Callable[[], Iterable[tuple[Tensor, ...]]]:
+def calibration_stream(graph: Graph, settings: Quantization, data: Data, progress: Progress | None = None) -> Stream:
     """Makes fresh streams of the first ``settings.samples`` calibration samples, labels dropped."""
 
     def stream() -> Iterator[tuple[Tensor, ...]]:
@@ -75,8 +102,5 @@ def quantize_model(
     Raises:
         ModelError, DataError: the model or the data cannot be used; the message says why.
     """
-    from edgekit.compress.steps import input_count
-
-    sample = first_sample(data.calibration, inputs=input_count(model, data), what="calibration")
-    graph, plan = quantize(capture(model, sample), settings or PTQ(), data, None, progress)
+    graph, plan = quantize(capture(model, sample_inputs(model, data)), settings or PTQ(), data, None, progress)
     return freeze(graph, plan, name)

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from edgekit.compress.capture import Graph
-from edgekit.compress.ptq.brevitas_twin import error_compensation, layers_of
+from edgekit.compress.ptq.brevitas_twin import activated, error_compensation, layers_of
 from edgekit.compress.ptq.plan import Plan, WeightQ, fit, with_bias
 from edgekit.compress.ptq.settings import PTQ
 from edgekit.compress.ptq.simulate import WeightedLayer, layer_of, simulate, taps
@@ -96,17 +95,14 @@ def _learn(graph: Graph, plan: Plan, unit: Unit, x: Tensor, target: Tensor, step
         chosen = torch.randint(len(x), (_BATCH,), generator=order)
         up = (torch.sigmoid(gate) * (_HIGH - _LOW) + _LOW).clamp(0, 1)
         result = layer.compute(x[chosen], (floor + up).clamp(-limit, limit) * scale, bias)
-        loss = _activated(result - 0, unit).sub(_activated(target[chosen], unit)).square().mean() / target.var()
+        error = activated(result, unit.activation) - activated(target[chosen], unit.activation)
+        loss = error.square().mean() / target.var().clamp(min=1e-12)
         done = step / steps
         if done > _WARM:
             beta = 20 - 18 * (done - _WARM) / (1 - _WARM)
             loss = loss + _REGULARIZATION * (1 - (2 * up - 1).abs().pow(beta)).mean()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     integers = (floor + (gate.detach() >= 0)).clamp(-limit, limit).to(torch.int8)
     return with_bias(WeightQ(integers, w.scale, w.bits, w.bias), bias.detach().double(), plan.activations[unit.inputs[0].name])
-
-
-def _activated(value: Tensor, unit: Unit) -> Tensor:
-    return {"none": lambda v: v, "relu": F.relu, "relu6": F.relu6}[unit.activation](value)

@@ -2,8 +2,8 @@
 
     python benchmarks/latency.py [--models resnet8] [--rounds 60]
 
-Uses the files that benchmarks/ptq.py left (seed 0). In each round every file runs for a few milliseconds in turn, so that a change of
-the machine's speed meets all of them; the ratio is the median over rounds of (ours / theirs) of that round. Below 1: ours is
+Uses the files that benchmarks/ptq.py left (seed 0). In each round every file runs for some milliseconds in turn: a change
+of the machine's speed meets all of them; the ratio is the median over rounds of (ours / theirs) of that round. Below 1: ours is
 faster. What is timed is the runtime's call alone; inputs are already in the layout and type that the file takes.
 """
 

@@ -2,8 +2,8 @@
 
     python benchmarks/overhead.py [--models resnet8] [--rounds 5]
 
-One process, one warm-up of each, then both in turn; the ratio is the median of ours over the median of the converter's. Ours includes
-the checks before, the finish of the file, writing, reading it back and comparing every stored number.
+One process, one warm-up of each, then both in turn; the ratio is the median of ours over the median of the converter's. Ours
+includes the checks before, the finish of the file, writing, reading it back and comparing every stored number.
 """
 
 from __future__ import annotations

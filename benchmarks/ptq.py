@@ -2,9 +2,9 @@
 
     python benchmarks/ptq.py [--models resnet8] [--seeds 0] [--samples 50]
 
-Every accuracy is of the file itself, run sample by sample in its runtime with one thread: ours by ``edgekit.targets``, the others'
-by a plain call of the same runtime. Seed 0 calibrates on the samples of the example's recipe; any other seed draws as many
-others. The files stay in runs/benchmarks for benchmarks/latency.py.
+Every accuracy is of the file itself, run sample by sample in its runtime with one thread: ours by ``edgekit.targets``, the
+others' by a plain call of the same runtime. Seed 0 calibrates on the samples of the example's recipe; any other seed draws
+as many others. The files stay in runs/benchmarks for benchmarks/latency.py.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@
     │   └── FormatError             2   a damaged, altered, foreign or newer file
     ├── UnsupportedError            2   a target cannot take this operator; says which layer, where, and the remedy
     ├── ParityError                 1   an artefact does not compute what the frozen program says
+    ├── FirmwareFault               1   a firmware ended by a fault on its board
     └── MissingTool                 3   an optional package or a program is not installed
 
 A message says where, what was found and what to do, in one sentence. Nothing is printed as a traceback unless it is a bug.
@@ -20,6 +21,7 @@ from typing import ClassVar
 __all__ = [
     "DataError",
     "EdgekitError",
+    "FirmwareFault",
     "FormatError",
     "InputError",
     "MissingTool",
@@ -63,6 +65,12 @@ class UnsupportedError(EdgekitError):
 
 class ParityError(EdgekitError):
     """A lowered artefact differs from the frozen program; the message names the layer."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class FirmwareFault(EdgekitError):
+    """A firmware on a board ended by a fault; the message says which and where."""
 
     exit_code: ClassVar[int] = 1
 

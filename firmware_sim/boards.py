@@ -34,6 +34,8 @@ class Board:
     flash_bytes: int
     ram_base: int
     ram_bytes: int
+    timer_hz: int
+    """Frequency of the SysTick timer in the emulator."""
     watchdog_base: int | None = None
     """Address of a CMSDK watchdog, or None: ``ek_watchdog_start()`` then does nothing."""
 
@@ -46,7 +48,7 @@ class Board:
 CORES: dict[str, Core] = {
     core.name: core
     for core in (
-        Core("cortex-m0", ("-mcpu=cortex-m0", "-mfloat-abi=soft"), "portable", "microbit"),
+        Core("cortex-m0", ("-mcpu=cortex-m0", "-masm-syntax-unified", "-mfloat-abi=soft"), "portable", "microbit"),
         Core("cortex-m3", ("-mcpu=cortex-m3", "-mfloat-abi=soft"), "portable", "mps2-an385"),
         Core("cortex-m4", ("-mcpu=cortex-m4", "-mfpu=fpv4-sp-d16", "-mfloat-abi=hard"), "dsp", "mps2-an386"),
         Core("cortex-m7", ("-mcpu=cortex-m7", "-mfpu=fpv5-sp-d16", "-mfloat-abi=hard"), "dsp", "mps2-an500"),
@@ -60,14 +62,14 @@ KIB = 1024
 BOARDS: dict[str, Board] = {
     board.name: board
     for board in (
-        Board("microbit", "cortex-m0", "micro:bit (nRF51822)", 0x00000000, 256 * KIB, 0x20000000, 16 * KIB),
-        Board("mps2-an385", "cortex-m3", "Arm MPS2 AN385", 0x00000000, 4096 * KIB, 0x20000000, 4096 * KIB, 0x40008000),
-        Board("mps2-an386", "cortex-m4", "Arm MPS2 AN386", 0x00000000, 4096 * KIB, 0x20000000, 4096 * KIB, 0x40008000),
-        Board("mps2-an500", "cortex-m7", "Arm MPS2 AN500", 0x00000000, 4096 * KIB, 0x20000000, 4096 * KIB, 0x40008000),
-        Board("mps2-an505", "cortex-m33", "Arm MPS2 AN505", 0x10000000, 4096 * KIB, 0x38000000, 2048 * KIB),
-        Board("mps3-an547", "cortex-m55", "Arm MPS3 AN547", 0x10000000, 512 * KIB, 0x30000000, 512 * KIB),
-        Board("netduinoplus2", "cortex-m4", "Netduino Plus 2 (STM32F405)", 0x08000000, 1024 * KIB, 0x20000000, 128 * KIB),
-        Board("stm32vldiscovery", "cortex-m3", "STM32VLDISCOVERY (STM32F100)", 0x08000000, 128 * KIB, 0x20000000, 8 * KIB),
+        Board("microbit", "cortex-m0", "micro:bit (nRF51822)", 0x00000000, 256 * KIB, 0x20000000, 16 * KIB, 16_000_000),
+        Board("mps2-an385", "cortex-m3", "Arm MPS2 AN385", 0x00000000, 4096 * KIB, 0x20000000, 4096 * KIB, 25_000_000, 0x40008000),
+        Board("mps2-an386", "cortex-m4", "Arm MPS2 AN386", 0x00000000, 4096 * KIB, 0x20000000, 4096 * KIB, 25_000_000, 0x40008000),
+        Board("mps2-an500", "cortex-m7", "Arm MPS2 AN500", 0x00000000, 4096 * KIB, 0x20000000, 4096 * KIB, 25_000_000, 0x40008000),
+        Board("mps2-an505", "cortex-m33", "Arm MPS2 AN505", 0x10000000, 4096 * KIB, 0x38000000, 2048 * KIB, 20_000_000),
+        Board("mps3-an547", "cortex-m55", "Arm MPS3 AN547", 0x10000000, 512 * KIB, 0x30000000, 512 * KIB, 32_000_000),
+        Board("netduinoplus2", "cortex-m4", "Netduino Plus 2 (STM32F405)", 0x08000000, 1024 * KIB, 0x20000000, 128 * KIB, 168_000_000),
+        Board("stm32vldiscovery", "cortex-m3", "STM32VLDISCOVERY (STM32F100)", 0x08000000, 128 * KIB, 0x20000000, 8 * KIB, 24_000_000),
     )
 }
 """Board name, as in ``--device qemu:<board>``, to board."""

@@ -20,12 +20,14 @@ void Fault_Handler(void);
 
 static void unhandled(void) { ek_exit(EK_EXIT_INTERRUPT); }
 
+void NMI_Handler(void);
 __attribute__((weak)) void NMI_Handler(void) { ek_exit(EK_EXIT_WATCHDOG); } /* nothing else raises it on these boards */
 
-/* A real board's own handlers replace these by name. */
-void SysTick_Handler(void) __attribute__((weak, alias("unhandled_weak")));
-void unhandled_weak(void);
-void unhandled_weak(void) { unhandled(); }
+#ifdef EK_TICKS
+void SysTick_Handler(void);
+#else
+__attribute__((weak)) void SysTick_Handler(void) { unhandled(); } /* an application's own replaces it by name */
+#endif
 
 __attribute__((section(".vectors"), used)) static void *const vectors[16 + 64] = {
     __stack_top,        (void *)Reset_Handler, (void *)NMI_Handler, (void *)Fault_Handler, (void *)Fault_Handler,
@@ -127,6 +129,29 @@ void ek_watchdog_start(uint32_t ticks) { (void)ticks; }
 void ek_watchdog_feed(void) {}
 #endif
 
+#ifdef EK_TICKS
+/* Instructions by the emulator's virtual time, where its plugin is not to be had: SysTick counts down 24 bits, its wraps are counted. */
+static volatile uint32_t wraps;
+void SysTick_Handler(void) { wraps++; }
+static void start_ticks(void) {
+    REG(0xE000E014u) = 0xffffffu;
+    REG(0xE000E018u) = 0;
+    REG(0xE000E010u) = 7u;
+}
+static void log_ticks(void) {
+    uint32_t high, low;
+    do {
+        high = wraps;
+        low = 0xffffffu - REG(0xE000E018u);
+    } while (high != wraps);
+    ek_log_number("ticks_high", high);
+    ek_log_number("ticks_low", low);
+}
+#else
+static void start_ticks(void) {}
+static void log_ticks(void) {}
+#endif
+
 __attribute__((used, noinline)) static void start(void) {
     for (uint32_t *to = __data_start, *from = __data_load; to < __data_end;) *to++ = *from++;
     for (uint32_t *to = __bss_start; to < __bss_end;) *to++ = 0;
@@ -139,7 +164,9 @@ __attribute__((used, noinline)) static void start(void) {
     BARRIER();
 #endif
     guard();
+    start_ticks();
     const int code = ek_main();
+    log_ticks();
     ek_log_number("stack", ek_stack_used());
     ek_log_number("stack_size", (uint32_t)((const char *)__stack_top - (const char *)__stack_limit));
     ek_exit(code);

@@ -1,4 +1,5 @@
 /* Depthwise convolution. The taps of a window are a table of pointers; one outside the input points at a row of zero points. */
+#define EK_VECTORS
 #include "internal.h"
 
 typedef struct {

@@ -1,4 +1,5 @@
 /* Elementwise kernels. */
+#define EK_VECTORS
 #include "internal.h"
 
 #define LEFT 20 /* TFLite's add shifts its inputs left by this before they are scaled */

@@ -4,7 +4,8 @@
 
 #include "edgekit.h"
 
-#if EK_SET == EK_MVE
+/* Files that use MVE's intrinsics define EK_VECTORS first: the header takes the compiler a third of a second. */
+#if EK_SET == EK_MVE && defined(EK_VECTORS)
 #include <arm_mve.h>
 #endif
 
@@ -38,7 +39,7 @@ EK_INLINE int32_t ek_scale(int32_t acc, int32_t multiplier, int shift) {
     return ek_divide_power(ek_high(acc, multiplier), -shift);
 }
 
-#if EK_SET == EK_MVE
+#if EK_SET == EK_MVE && defined(EK_VECTORS)
 EK_INLINE int32x4_t ek_scale4(int32x4_t acc, int32x4_t multiplier, int32x4_t shift) {
     const int32x4_t none = vdupq_n_s32(0), left = vmaxq_s32(shift, none), right = vminq_s32(shift, none);
     const int32x4_t h = vqrdmulhq_s32(vshlq_s32(acc, left), multiplier);
@@ -74,8 +75,11 @@ EK_INLINE void ek_copy(int8_t *to, const int8_t *from, uint32_t n) {
 
 EK_INLINE void ek_fill(int8_t *to, int8_t value, uint32_t n) {
 #if EK_SET == EK_MVE
-    const int8x16_t v = vdupq_n_s8(value);
-    for (int32_t left = (int32_t)n; left > 0; left -= 16, to += 16) vst1q_p(to, v, vctp8q((uint32_t)left));
+    __asm volatile("vdup.8 q0, %[value]\n wlstp.8 lr, %[n], 2f\n"
+                   "1: vstrb.8 q0, [%[to]], #16\n letp lr, 1b\n2:\n"
+                   : [to] "+r"(to)
+                   : [n] "r"(n), [value] "r"(value)
+                   : "lr", "memory", "q0");
 #else
     for (; n; n--) *to++ = value;
 #endif

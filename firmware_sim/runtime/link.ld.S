@@ -10,7 +10,7 @@ SECTIONS {
     .text : { KEEP(*(.vectors)) *(.text*) *(.rodata*) . = ALIGN(4); } > FLASH
     .ARM.exidx : { *(.ARM.exidx*) } > FLASH
     /* kernels read rows of weights in whole words */
-    .weights : { . = ALIGN(16); __weights_start = .; *(.weights*) . = ALIGN(16); __weights_end = .; } > FLASH
+    .weights : ALIGN(16) { __weights_start = .; *(.weights*) __weights_end = .; . = ALIGN(4); } > FLASH
     .stack (NOLOAD) : { . = ALIGN(8); __stack_limit = .; . += STACK_SIZE; . = ALIGN(8); __stack_top = .; } > RAM
     .data : { . = ALIGN(4); __data_start = .; *(.data*) . = ALIGN(4); __data_end = .; } > RAM AT> FLASH
     __data_load = LOADADDR(.data);

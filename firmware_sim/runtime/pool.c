@@ -1,4 +1,5 @@
 /* Pools and the mean over positions. */
+#define EK_VECTORS
 #include "internal.h"
 
 typedef struct {

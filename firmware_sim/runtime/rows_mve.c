@@ -1,4 +1,5 @@
 /* Rows by VMLADAVA: sixteen products an instruction, tails by loop predication. */
+#define EK_VECTORS
 #include "internal.h"
 
 #if EK_SET == EK_MVE

@@ -17,7 +17,19 @@ from edgekit.compress.ptq.units import Unit, weight_of
 from edgekit.errors import DataError
 from edgekit.frozen import Unquantized
 
-__all__ = ["Plan", "WeightQ", "calibrate", "fit", "make_plan", "quantize_weight", "weight_bits", "weight_scale", "with_bias"]
+__all__ = [
+    "Plan",
+    "WeightQ",
+    "calibrate",
+    "fit",
+    "fixed_activations",
+    "groups",
+    "make_plan",
+    "quantize_weight",
+    "weight_bits",
+    "weight_scale",
+    "with_bias",
+]
 
 _FIXED = {"sigmoid": ActQ(1 / 256, -128), "hardsigmoid": ActQ(1 / 256, -128), "tanh": ActQ(1 / 128, 0)}
 _MAX_BIAS = {8: 1 << 20, 16: 1 << 30}
@@ -141,13 +153,13 @@ def calibrate(
     graph: Graph, units: Sequence[Unit], settings: Quantization, data: Callable[[], Iterable[tuple[Tensor, ...]]]
 ) -> tuple[dict[str, ActQ], list[str]]:
     """Scale and zero point of every activation beside an integer layer, and warnings."""
-    groups = _groups(units)
-    observers = {root: Observer() for root in set(groups.values())}
+    shared = groups(units)
+    observers = {root: Observer() for root in set(shared.values())}
     watched: dict[str, str] = {}
     inherited = {u.output.name for u in units if u.inherits}
-    fixed = {u.output.name: _FIXED[f] for u in units if (f := u.attributes.get("function")) in _FIXED}
-    answers = {groups[u.output.name] for u in units if any(n.op == "output" for n in u.output.users)}
-    for name, root in groups.items():
+    fixed = fixed_activations(units)
+    answers = {shared[u.output.name] for u in units if any(n.op == "output" for n in u.output.users)}
+    for name, root in shared.items():
         if name not in inherited and name not in fixed:
             watched[name] = root
     _observe(graph, watched, observers, data, "extend")
@@ -156,7 +168,7 @@ def calibrate(
     bits = bits_of(settings.activations)
     result: dict[str, ActQ] = {}
     warnings: list[str] = []
-    for name, root in groups.items():
+    for name, root in shared.items():
         if root in fixed and bits == 8:
             result[name] = fixed[root]
             continue
@@ -169,7 +181,12 @@ def calibrate(
     return result, warnings
 
 
-def _groups(units: Sequence[Unit]) -> dict[str, str]:
+def fixed_activations(units: Sequence[Unit]) -> dict[str, ActQ]:
+    """Outputs whose range is known beforehand (sigmoid, tanh), by fx node name; for 8-bit activations."""
+    return {u.output.name: _FIXED[f] for u in units if (f := u.attributes.get("function")) in _FIXED}
+
+
+def groups(units: Sequence[Unit]) -> dict[str, str]:
     """Node name to the name of the node whose quantization it shares (union-find over inherited and joined outputs)."""
     parent: dict[str, str] = {}
 
@@ -179,7 +196,7 @@ def _groups(units: Sequence[Unit]) -> dict[str, str]:
             name = parent[name]
         return name
 
-    fixed = {u.output.name for u in units if u.attributes.get("function") in _FIXED}
+    fixed = fixed_activations(units)
     for unit in units:
         for node in (*unit.inputs, unit.output):
             find(node.name)

@@ -73,8 +73,20 @@ def _labelled(progress: Progress | None, label: str) -> Callable[[int, int], Non
 def train(
     graph: Graph, settings: QAT, data: Data, plan: Plan | None = None, progress: Progress | None = None
 ) -> tuple[Graph, Plan]:
-    """Train with quantization in the loop, from ``plan`` or from a calibration of its own."""
-    raise NotImplementedError
+    """Train with quantization in the loop.
+
+    Args:
+        plan: start from it and keep its bits, zero points and units; None: calibrate and round by ``settings`` first.
+    """
+    from edgekit.compress.ptq.qat import train_plan
+
+    torch.manual_seed(settings.seed)
+    if plan is None:
+        units, unquantized = find_units(graph, settings.skip, bits_of(settings.activations))
+        plan = make_plan(graph, units, unquantized, settings, calibration_stream(graph, settings, data, progress))
+    plan = train_plan(graph, plan, settings, data, _labelled(progress, "train"))
+    changes = {n: f"weights int{w.bits}, trained {settings.epochs} epochs" for n, w in plan.weights.items()}
+    return graph, replace(plan, changes=changes)
 
 
 def calibration_stream(graph: Graph, settings: Quantization, data: Data, progress: Progress | None = None) -> Stream:

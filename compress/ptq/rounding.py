@@ -57,7 +57,8 @@ def learned_round(
     rounded: dict[str, WeightQ] = {}
     for i, unit in enumerate(units):
         x, target = _samples(graph, plan, module, unit, data)
-        w = _learn(graph, plan, unit, x, target, steps, torch.Generator().manual_seed(seed + i))
+        with torch.enable_grad():
+            w = _learn(graph, plan, unit, x, target, steps, torch.Generator().manual_seed(seed + i))
         rounded[unit.name] = w
         layers[unit.name].load_state_dict(layer_of(unit, plan.with_weights({unit.name: w})).state_dict())
         if progress:

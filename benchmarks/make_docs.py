@@ -1,0 +1,179 @@
+"""Write docs/benchmarks.md from benchmarks/results/*.json, and from nothing else: python benchmarks/make_docs.py"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgekit.files import write_whole
+
+ROOT = Path(__file__).resolve().parents[1]
+TITLES = {"resnet20": "ResNet-20 (CIFAR-10)", "resnet8": "ResNet-8 (CIFAR-10)", "dscnn": "DS-CNN (keywords)"}
+Row = Mapping[str, Any]
+
+
+def main() -> None:
+    parts = [_HEAD]
+    for name, write in SECTIONS.items():
+        path = ROOT / "benchmarks" / "results" / f"{name}.json"
+        if path.is_file():
+            found = json.loads(path.read_text())
+            parts += [write(found["rows"]), _origin(name, found)]
+    write_whole(ROOT / "docs" / "benchmarks.md", "\n\n".join(p.strip() for p in parts) + "\n")
+
+
+_HEAD = """
+# Benchmarks
+
+<!-- written by `make benchmarks-docs` from benchmarks/results/*.json; do not edit -->
+
+Ours and what a user would pick instead, on the same networks and samples, measured in one run by the scripts in `benchmarks/`.
+Accuracy is of the files themselves, in percent of 1000 samples (its standard error is about one point, so differences below that
+say little). A bound stands behind a figure as (at least / at most ...); **bold** marks a bound that is missed.
+"""
+
+
+def ptq(rows: Sequence[Row]) -> str:
+    """Accuracy and size by model, weight bits and variant."""
+    lines = ["## Accuracy and size after training", "", _SEEDS]
+    for model in _unique(r["model"] for r in rows):
+        mine = [r for r in rows if r["model"] == model]
+        real = next(r for r in mine if r["variant"] == "float")
+        lines += ["", f"### {TITLES[model]}: float {real['accuracy']:.1f} %, {real['bytes']:,} bytes of weights"]
+        for bits in (8, 4):
+            chosen = [r for r in mine if r["weight_bits"] == bits]
+            if chosen:
+                lines += ["", f"{bits}-bit weights{', first and last layer 8' if bits == 4 else ''}, 8-bit activations:", ""]
+                lines += _ptq_table(chosen)
+    return "\n".join(lines)
+
+
+_SEEDS = """
+Seed 0 calibrates on the samples of the example's recipe, seeds 1 and 2 on as many others drawn from the training samples; where a
+method draws random numbers it takes the same seed. MLPerf's own files come with their calibration, so there is one of each.
+"""
+
+
+def _ptq_table(rows: Sequence[Row]) -> list[str]:
+    lines = ["| made by | format | accuracy, by seed | bytes | what it stores or takes |", "|---|---|---|---|---|"]
+    for variant, target in _unique((r["variant"], r["target"]) for r in rows):
+        chosen = [r for r in rows if (r["variant"], r["target"]) == (variant, target)]
+        done = [r for r in chosen if "accuracy" in r]
+        accuracy = " / ".join(_bounded(r["accuracy"], r.get("accuracy_bound"), "{:.1f}", least=True) for r in done)
+        sizes = _unique(r["bytes"] for r in done)
+        size = " / ".join(_bounded(s, done[0].get("bytes_bound"), "{:,}", least=False) for s in sizes)
+        bounds = [f"at least {done[0]['accuracy_bound']}"] if done and "accuracy_bound" in done[0] else []
+        at_most = f" (at most {done[0]['bytes_bound']:,})" if done and "bytes_bound" in done[0] else ""
+        text = _unique(_detail(r) for r in chosen)
+        lines.append(
+            f"| {variant} | {target} | {accuracy}{_brackets(bounds)} | {size}{at_most} | {'; '.join(filter(None, text))} |"
+        )
+    return lines
+
+
+def _detail(row: Row) -> str:
+    parts = [row[k] for k in ("remarks", "input") if k in row]
+    if row.get("storage"):
+        parts.append("weights " + " and ".join(row["storage"]))
+    if "macs" in row:
+        parts.append("MACs " + ", ".join(f"{100 * v:.0f} % {k}" for k, v in row["macs"].items()))
+    return ", ".join(parts)
+
+
+def latency(rows: Sequence[Row]) -> str:
+    """Latency ratios in each runtime."""
+    lines = [
+        "## Latency",
+        "",
+        _LATENCY,
+        "",
+        "| network | weights | runtime | file | input | µs | edgekit / this |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        ratio = f"{r['edgekit_over_this']:.2f}" if "edgekit_over_this" in r else ""
+        if r.get("best_peer") and r.get("edgekit_over_this", 0) > 1:
+            ratio = f"**{ratio}**"
+        cells = [
+            TITLES[r["model"]],
+            f"int{r['weight_bits']}",
+            r["target"],
+            r["variant"],
+            r["input"],
+            f"{r['latency_us']:.0f}",
+            ratio,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, *_remarks(rows)])
+
+
+_LATENCY = """
+One thread, each runtime alone, all files of a group in turn in each round; the last column is the median over rounds of our time
+divided by that file's. Below 1 ours is faster; the goal is at most 1.0 against every one, and bold marks the worst where it is missed.
+Times in µs are of a shared machine and only good for comparison within a group.
+"""
+
+
+def overhead(rows: Sequence[Row]) -> str:
+    """Export time beside the bare converter."""
+    return _plain(
+        "## Time to export",
+        "Seconds in one process after a warm-up, against the bare converter of the same graph (at most 1.15 times as long).",
+        rows, {"model": "network", "target": "format", "export_s": "edgekit", "converter_s": "converter alone"},
+        ("export_time_ratio", "export_time_ratio_bound", "ratio"),
+    )  # fmt: skip
+
+
+def memory(rows: Sequence[Row]) -> str:
+    """Peak memory of calibration."""
+    return _plain(
+        "## Memory of calibration",
+        "Peak resident MB of a process that calibrates, with 64 and with 1024 samples (at most 1.2 times as much).",
+        rows, {"model": "network", "variant": "what", "peak_memory_mb_64": "64", "peak_memory_mb_1024": "1024"},
+        ("memory_ratio", "memory_ratio_bound", "ratio"),
+    )  # fmt: skip
+
+
+def _plain(title: str, text: str, rows: Sequence[Row], columns: Mapping[str, str], ratio: tuple[str, str, str]) -> str:
+    key, bound, label = ratio
+    lines = [title, "", text, "", "| " + " | ".join([*columns.values(), label]) + " |", "|---" * (len(columns) + 1) + "|"]
+    for r in rows:
+        cells = [str(TITLES.get(r[c], r[c])) for c in columns]
+        lines.append("| " + " | ".join([*cells, _bounded(r[key], r[bound], "{:.2f}", least=False)]) + " |")
+    return "\n".join([*lines, *_remarks(rows)])
+
+
+def _bounded(value: float, bound: float | None, form: str, least: bool) -> str:
+    missed = bound is not None and (value < bound - 1e-9 if least else value > bound + 1e-9)
+    text = form.format(value)
+    return f"**{text}**" if missed else text
+
+
+def _brackets(parts: Sequence[str]) -> str:
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _remarks(rows: Sequence[Row]) -> list[str]:
+    found = _unique(r["remarks"] for r in rows if "remarks" in r)
+    return ["", *(f"* {text}" for text in found)] if found else []
+
+
+def _origin(name: str, found: Mapping[str, Any]) -> str:
+    known = found["environment"]
+    packages = ", ".join(f"{k} {v}" for k, v in known["packages"].items() if v)
+    notes = "".join(f"* {text}\n" for text in found.get("notes", ()))
+    where = f"`{found['command']}` with one thread on {known['processor']}, Python {known['python']}, {packages}"
+    return f"{notes}\n<sub>{where}. Data: `benchmarks/results/{name}.json`.</sub>"
+
+
+def _unique(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
+
+
+SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {"ptq": ptq, "latency": latency, "overhead": overhead, "memory": memory}
+
+
+if __name__ == "__main__":
+    main()

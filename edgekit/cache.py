@@ -87,7 +87,7 @@ def put(entry: str, source: Path, names: Sequence[str]) -> None:
 
 @lru_cache(maxsize=1)
 def code_digest() -> str:
-    """SHA-256 over edgekit's Python files: a changed edgekit never reuses what another one made."""
+    """SHA-256 over edgekit's Python and C files: a changed edgekit never reuses what another one made."""
     import edgekit
 
     root = Path(edgekit.__file__).parent
@@ -98,7 +98,7 @@ def code_digest() -> str:
     }
     total = hashlib.sha256(edgekit.__version__.encode())
     for part, base in sorted(roots.items()):
-        for file in sorted(base.rglob("*.py")):
+        for file in sorted(p for p in base.rglob("*") if p.suffix in (".py", ".c", ".h", ".S")):
             relative = file.relative_to(base).as_posix()
             if part == "edgekit" and relative.split("/")[0] in ("compress", "targets", "firmware_sim"):
                 continue

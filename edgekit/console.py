@@ -77,7 +77,8 @@ def print_outcome(outcome: Outcome) -> None:
             error(breach)
     files = sorted(p for p in outcome.folder.iterdir() if p.name.startswith(("model.", "frozen.", "report.")))
     for path in files:
-        _print(sys.stdout, "", f"{path}  {size(path.stat().st_size)}")
+        parts = path.rglob("*") if path.is_dir() else [path]
+        _print(sys.stdout, "", f"{path}  {size(sum(p.stat().st_size for p in parts if p.is_file()))}")
     took = ", ".join(f"{s.name} {'cached' if s.state == 'cached' else f'{s.seconds:.1f} s'}" for s in outcome.stages)
     _print(sys.stdout, "[dim]", took)
     if outcome.parity is not None and outcome.ok:

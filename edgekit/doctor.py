@@ -26,7 +26,7 @@ def targets() -> list[dict[str, Any]]:
         module = get(name)
         options = ", ".join(f"{f.name}={_default(f)}" for f in dataclasses.fields(module.Options))
         missing = module.available()
-        remedy = None if missing is None else f"{missing}; pip install 'edgekit[{module.EXTRA}]'"
+        remedy = missing if missing is None or not module.EXTRA else f"{missing}; pip install 'edgekit[{module.EXTRA}]'"
         found.append({"name": name, "suffix": module.SUFFIX, "extra": module.EXTRA, "options": options, "missing": remedy})
     return found
 

@@ -194,7 +194,8 @@ def _require(targets: Sequence[Target]) -> None:
     for target in targets:
         module = get(target.name)
         if missing := module.available():
-            raise MissingTool(f"target {target.name}: {missing}; run: pip install 'edgekit[{module.EXTRA}]'")
+            remedy = f"; run: pip install 'edgekit[{module.EXTRA}]'" if module.EXTRA else ""
+            raise MissingTool(f"target {target.name}: {missing}{remedy}")
 
 
 def _load(settings: Recipe) -> _Loaded:
@@ -235,7 +236,7 @@ def _compress(stages: Stages, settings: Recipe, loaded: _Loaded) -> None:
 
 
 def _lower(stages: Stages, target: Target) -> None:
-    """``model.<suffix>`` and ``export_<target>.json``."""
+    """``model.<suffix>``, or the folder it is in, and ``export_<target>.json``."""
     from edgekit.targets import get
 
     module, frozen = get(target.name), stages.folder / "frozen.pt2"
@@ -247,7 +248,8 @@ def _lower(stages: Stages, target: Target) -> None:
         _seed(0)
         artifact = module.lower(load(frozen), path, module.Options(**target.options))
         write_json(stages.folder / facts, {"options": target.options, **artifact.to_json()})
-        return [path.name, facts]
+        made = [path] if path.parent == stages.folder else sorted(p for p in path.parent.rglob("*") if p.is_file())
+        return [*(p.relative_to(stages.folder).as_posix() for p in made), facts]
 
     inputs = {"frozen": sha256(frozen), "options": asdict(module.Options(**target.options))}
     stages.cached(f"lower {target.name}", inputs, make)
@@ -257,7 +259,8 @@ def _verified(stages: Stages, settings: Recipe, loaded: _Loaded) -> Parity:
     """The verify stage of a whole run, through the cache."""
     from edgekit.parity import Parity
 
-    files = {p.name: sha256(p) for p in sorted(stages.folder.iterdir()) if p.name.startswith(("frozen.", "model.", "stage_"))}
+    found = ((p.relative_to(stages.folder).as_posix(), p) for p in sorted(stages.folder.rglob("*")) if p.is_file())
+    files = {name: sha256(p) for name, p in found if name.startswith(("frozen.", "model.", "stage_"))}
 
     def make() -> list[str]:
         _verify(stages, settings, loaded.data, None)

@@ -34,7 +34,9 @@ NAMED: dict[str, Mapping[str, Any]] = {
 }
 """Named compressions in the grammar of ai-edge-quantizer: calibrated, weight type, activation type."""
 
-TargetName = Literal["executorch", "tflite", "onnx"]
+TargetName = Literal[
+    "executorch", "tflite", "onnx", "cortex-m0", "cortex-m3", "cortex-m4", "cortex-m7", "cortex-m33", "cortex-m55"
+]  # fmt: skip
 
 
 @dataclass(frozen=True, config=_FORBID, kw_only=True)

@@ -56,7 +56,10 @@ def tables() -> str:
     from edgekit.targets import TARGETS, get
 
     parts = {"Keys of a recipe": Recipe, "`ptq`": SETTINGS["ptq"], "`qat`": SETTINGS["qat"], "`verify`": Verify}
-    parts |= {f"Options of `{name}`": get(name).Options for name in TARGETS}
+    groups: dict[type[Any], list[str]] = {}
+    for name in TARGETS:  # the Cortex-M cores share theirs
+        groups.setdefault(get(name).Options, []).append(f"`{name}`")
+    parts |= {f"Options of {', '.join(names)}": kind for kind, names in groups.items()}
     text = ""
     for title, kind in parts.items():
         properties, texts = _definition(kind, {})["properties"], attributes(kind)

@@ -121,7 +121,7 @@ def verify_artifact(
     artifact = module.inspect(path, program)
     inputs = [x.numpy() for x in evaluation.inputs]
     outputs = module.run(path, inputs, threads=1, progress=_named(progress, name))
-    stage = stage_row(name, outputs, known, evaluation, program, size=path.stat().st_size)
+    stage = stage_row(name, outputs, known, evaluation, program, size=artifact.bytes)
     chosen = spread(len(evaluation), settings.layer_samples)
     layers, tap_lsb, systematic = compare_layers(
         program, module, path, evaluation.take(chosen), [y[chosen] for y in outputs], settings, progress
@@ -281,7 +281,8 @@ def _target(target: str | Any) -> tuple[str, Any]:
     module = get(target)
     missing = module.available()
     if missing:
-        raise MissingTool(f"target {target} cannot be verified here: {missing}; run: pip install 'edgekit[{module.EXTRA}]'")
+        remedy = f"; run: pip install 'edgekit[{module.EXTRA}]'" if module.EXTRA else ""
+        raise MissingTool(f"target {target} cannot be verified here: {missing}{remedy}")
     return target, module
 
 

@@ -2,13 +2,14 @@
 
 Every module of :data:`TARGETS` has the same members: ``SUFFIX``, ``EXTRA``, ``Options``, ``available()``, ``lower(program, path,
 options)``, ``inspect(path, program)``, ``readback(path, program)``, ``run(path, inputs, threads, progress)`` and
-``taps(path, program, sample)``. There is no base class; a new target is one module and one line here.
+``taps(path, program, sample)``. There is no base class; a new target is one module and one line here. Targets that differ in a
+number only (the Cortex-M cores) are objects with these members in one module, written ``module:object``.
 """
 
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 from edgekit.errors import InputError
 
@@ -18,16 +19,20 @@ TARGETS: dict[str, str] = {
     "executorch": "edgekit.targets.executorch",
     "tflite": "edgekit.targets.tflite",
     "onnx": "edgekit.targets.onnx",
+    **{f"cortex-m{number}": f"edgekit.targets.cortex_m:M{number}" for number in (0, 3, 4, 7, 33, 55)},
 }
-"""Target name to module; importing one imports no converter and no runtime."""
+"""Target name to module, or to an object in a module; importing one imports no converter and no runtime."""
 
 
-def get(name: str) -> ModuleType:
-    """The module of a target.
+def get(name: str) -> Any:
+    """The module (or object) of a target.
 
     Raises:
         InputError: there is no target of that name.
     """
     if name not in TARGETS:
         raise InputError(f"target {name!r} is unknown; choose one of: {', '.join(TARGETS)}")
-    return importlib.import_module(TARGETS[name])
+    module, _, member = TARGETS[name].partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, member) if member else found
+

@@ -57,11 +57,12 @@ def check_model(exported: ExportedProgram, target: str) -> list[Problem]:
 
     Args:
         exported: the program as ``torch.export`` gave it, before any decomposition.
-        target: "executorch", "tflite" or "onnx".
+        target: a name of :data:`edgekit.targets.TARGETS`.
     """
     problems = [*_inputs(exported), *_state(exported)]
+    firmware = target.startswith("cortex-m")  # it takes no float operator: what matters is what quantization leaves
     for node in exported.graph.nodes:
-        if node.op == "call_function":
+        if node.op == "call_function" and not firmware:
             problems += _node(node, target)
     unique = {(p.layer, p.source, p.reason): p for p in problems}
     return list(unique.values())
@@ -73,6 +74,11 @@ def check_program(program: FrozenProgram, target: str) -> None:
     Raises:
         UnsupportedError: names the layer, its source line and the remedy; all problems, the first in full.
     """
+    if target.startswith("cortex-m"):
+        from edgekit.targets.cortex_m.lowering import build
+
+        build(program)
+        return
     problems = [p for layer in program.layers for p in _layer(layer, target, program.sources.get(layer.name, ""))]
     problems += _edges(program) if target == "onnx" else []
     problems += check_model(program.exported, target)

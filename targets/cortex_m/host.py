@@ -1,0 +1,138 @@
+"""Builds exported projects, boots them in QEMU, and feeds them: the host's side of the firmware."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.errors import FirmwareFault, FormatError, InputError
+from edgekit.firmware_sim.boards import board
+from edgekit.firmware_sim.kernels import HEADERS, SEMIHOST, SOURCES
+from edgekit.firmware_sim.qemu import Result, run
+from edgekit.firmware_sim.toolchain import Firmware, Project, build
+from edgekit.targets.cortex_m.preparation import from_stored, to_stored
+from edgekit.targets.cortex_m.project import Facts, load
+from edgekit.targets.cortex_m.reference import Int8
+
+__all__ = ["boot", "built", "outputs", "tapped"]
+
+_PER_BOOT = 250_000_000
+"""Multiply-accumulates a boot: a few seconds of emulation, so that progress can be shown."""
+
+_DAMAGED = 0x61
+_UNCHECKED = "-DMODEL_CHECK=0"
+
+
+def built(folder: Path, *defines: str) -> tuple[Facts, Firmware]:
+    """The project of a folder, compiled as its Makefile would; kept until the process ends.
+
+    Raises:
+        FormatError: no project, or files of it are missing.
+        MissingTool, UnsupportedError, EdgekitError: as :func:`edgekit.firmware_sim.toolchain.build`.
+    """
+    folder = Path(folder)
+    facts = load(folder)
+    total = hashlib.sha256()
+    for name in (
+        "model.c",
+        "model.h",
+        "main.c",
+        "model.json",
+        *(f"runtime/{n}" for n in (*HEADERS, *SOURCES, SEMIHOST, "link.ld.S")),
+    ):
+        if not (folder / name).is_file():
+            raise FormatError(f"{folder}: {name} is missing; export the program again")
+        total.update((folder / name).read_bytes())
+    return facts, _build(folder.resolve(), total.hexdigest(), facts, defines)
+
+
+@lru_cache(maxsize=1)
+def _kept() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="edgekit-firmware-")
+
+
+_elfs: dict[tuple[str, Facts, tuple[str, ...]], Firmware] = {}
+"""What was built, by the contents of the project: the same files elsewhere are not compiled again."""
+
+
+def _build(source: Path, digest: str, facts: Facts, defines: tuple[str, ...]) -> Firmware:
+    key = (digest, facts, defines)
+    if key not in _elfs:
+        project = Project(
+            board=board(facts.build.board),
+            sources=(source / "model.c", source / "main.c"),
+            include=(source,),
+            defines=(*facts.build.defines, *defines),
+            stack_bytes=facts.build.stack_bytes,
+            optimize=f"-{facts.build.optimize}",
+            runtime=source / "runtime",
+        )
+        _elfs[key] = build(project, Path(tempfile.mkdtemp(prefix=f"{digest[:8]}-", dir=_kept().name)))
+    return _elfs[key]
+
+
+def boot(folder: Path, data: bytes, samples: int, *defines: str) -> tuple[Facts, Result]:
+    """One boot with ``data`` as input.
+
+    A project whose weights were altered fails its CRC; it then runs without the check, so that verification can name the layer.
+
+    Raises:
+        FirmwareFault: the firmware ended by a fault.
+    """
+    facts, firmware = built(folder, *defines)
+    limit = 60.0 + samples * facts.macs * 1e-6
+    result = run(firmware, data, limit)
+    if result.code == _DAMAGED:
+        _, firmware = built(folder, *defines, _UNCHECKED)
+        result = run(firmware, data, limit)
+    return facts, result.checked()
+
+
+def outputs(
+    folder: Path, inputs: Sequence[NDArray[Any]], progress: Callable[[int, int], None] | None = None
+) -> list[NDArray[np.float32]]:
+    """The program's outputs for a batch, (N, ...) each, as the firmware computes them.
+
+    Raises:
+        InputError: inputs that do not fit.
+        FirmwareFault: the firmware ended by a fault.
+    """
+    facts = load(folder)
+    if not inputs:
+        raise InputError(f"{facts.name} has {len(facts.inputs)} inputs, none was given")
+    total, each = len(inputs[0]), max(1, _PER_BOOT // max(facts.macs, 1))
+    results: list[list[NDArray[np.float32]]] = [[] for _ in facts.outputs]
+    for start in range(0, total, each):
+        stop = min(start + each, total)
+        data = b"".join(x.tobytes() for i in range(start, stop) for x in to_stored(facts.inputs, [v[i : i + 1] for v in inputs]))
+        _, result = boot(folder, data, stop - start)
+        pieces = iter(_split(result.output, [spec.size for spec in facts.outputs] * (stop - start)))
+        for _ in range(start, stop):
+            for kept, spec in zip(results, facts.outputs, strict=True):
+                kept.append(from_stored(spec, next(pieces)))
+        if progress is not None:
+            progress(stop, total)
+    ordered = sorted(zip(facts.outputs, results, strict=True), key=lambda pair: pair[0].source)
+    return [np.concatenate(r) if r else np.zeros((0, *spec.shape[1:]), np.float32) for spec, r in ordered]
+
+
+def tapped(folder: Path, sample: Sequence[NDArray[Any]]) -> tuple[list[Int8], list[Int8]]:
+    """What the firmware computes for one sample (1, ...): the stored inputs, and each step's output, flat."""
+    facts = load(folder)
+    stored = to_stored(facts.inputs, sample)
+    _, result = boot(folder, b"".join(x.tobytes() for x in stored), 1, "-DMODEL_TAPS")
+    sizes = [size for *_, size in facts.steps]
+    return stored, _split(result.output, [*sizes, *(spec.size for spec in facts.outputs)])[: len(sizes)]
+
+
+def _split(content: bytes, sizes: Sequence[int]) -> list[Int8]:
+    if len(content) != sum(sizes):
+        raise FirmwareFault(f"the firmware wrote {len(content)} bytes, {sum(sizes)} expected; export the program again")
+    return np.split(np.frombuffer(content, np.int8), np.cumsum(sizes)[:-1]) if sizes else []

@@ -1,0 +1,278 @@
+"""The kernels of the firmware: how a step becomes a C struct and a call, one row of :data:`KERNELS` a kernel.
+
+A new kernel needs its C in ``firmware_sim/runtime``, its numpy form in ``reference.py``, a row here, and a rule in ``rules.py``
+that makes steps of it (``docs/targets/cortex_m.md``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.firmware_sim import kernels as sim
+from edgekit.targets.cortex_m.graph import Step
+
+__all__ = ["IN_PLACE", "KERNELS", "Call", "Constant", "Field", "Kernel", "Struct", "calls", "packed"]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """An array in flash: its ``role`` ("weights", "bias", ...), its values as they are stored, and the C type of one of them."""
+
+    role: str
+    values: NDArray[Any]
+    type: str
+
+
+@dataclass(frozen=True)
+class Field:
+    """A member of a parameter struct, in the header's order: its C type, or "*" for a pointer to the constant named ``value``."""
+
+    name: str
+    type: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Struct:
+    """A parameter struct: its C type and its members."""
+
+    type: str
+    fields: tuple[Field, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a C function.
+
+    In ``arguments`` "$p" is the struct, "$x0" an input, "$y" the output, "$s" scratch, "$table" a constant.
+
+    "$y+12" is the output moved by 12 elements.
+    """
+
+    function: str
+    arguments: tuple[str, ...]
+    struct: Struct | None = None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A row of the table.
+
+    Attributes:
+        calls: the C calls of a step.
+        constants: the arrays of a step as they are stored in flash.
+        in_place: positions of the inputs over which the output may be written.
+        scratch: bytes that it needs while it runs, for a step and a kernel set ("portable", "dsp", "mve").
+    """
+
+    calls: Callable[[Step], Sequence[Call]]
+    constants: Callable[[Step], Sequence[Constant]] = lambda step: ()
+    in_place: tuple[int, ...] = ()
+    scratch: Callable[[Step, str], int] = lambda step, kernel_set: 0
+
+
+def calls(step: Step) -> Sequence[Call]:
+    """The C calls of a step."""
+    return KERNELS[step.kind].calls(step)
+
+
+def packed(weight: NDArray[Any], bits: int) -> NDArray[Any]:
+    """Weights as the kernels read them: rows (all axes but the first), low bits first, each row from a whole byte."""
+    if bits == 8:
+        return weight.astype(np.int8).reshape(-1)
+    rows = weight.reshape(weight.shape[0], -1).astype(np.int64) & ((1 << bits) - 1)
+    each = 8 // bits
+    rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % each))).reshape(len(rows), -1, each)
+    result: NDArray[np.uint8] = (rows << (np.arange(each) * bits)).sum(-1).astype(np.uint8).reshape(-1)
+    return result
+
+
+def _fields(values: Mapping[str, tuple[str, Any]]) -> tuple[Field, ...]:
+    return tuple(Field(name, kind, value) for name, (kind, value) in values.items())
+
+
+def _finish(values: Mapping[str, Any], *before: str) -> dict[str, tuple[str, Any]]:
+    """The zero points and the clamp that most structs end with."""
+    return {
+        **{name: ("int8_t", values[name]) for name in before},
+        "out_zp": ("int8_t", values["out_zp"]),
+        "act_min": ("int8_t", values["low"]),
+        "act_max": ("int8_t", values["high"]),
+    }
+
+
+def _sizes(**pairs: int) -> dict[str, tuple[str, int]]:
+    return {name: ("uint16_t", value) for name, value in pairs.items()}
+
+
+_CHANNELS = {role: ("*", role) for role in ("weights", "bias", "multiplier", "shift")}
+
+
+def _weighted_constants(step: Step) -> list[Constant]:
+    if step.kind == "depthwise":  # rows of channels, one for each kernel position
+        rows = step.arrays["weight"].reshape(-1, step.arrays["weight"].shape[-1])
+    else:
+        rows = step.arrays["weight"].reshape(len(step.arrays["weight"]), -1)
+    others = {"bias": "int32_t", "multiplier": "int32_t", "shift": "int8_t"}
+    weights = Constant("weights", packed(rows, step.bits), "int8_t" if step.bits == 8 else "uint8_t")
+    return [weights, *(Constant(role, step.arrays[role], kind) for role, kind in others.items())]
+
+
+def _conv2d(step: Step) -> list[Call]:
+    v = step.values
+    (in_h, in_w, in_c), (out_h, out_w, out_c) = v["in"], v["out"]
+    fields = {
+        **_CHANNELS,
+        **_sizes(in_h=in_h, in_w=in_w, in_c=in_c, out_h=out_h, out_w=out_w, out_c=out_c),
+        **_sizes(kernel_h=v["kernel"][0], kernel_w=v["kernel"][1], stride_h=v["stride"][0], stride_w=v["stride"][1]),
+        **_sizes(dilation_h=v["dilation"][0], dilation_w=v["dilation"][1], pad_top=v["pad"][0], pad_left=v["pad"][1]),
+        **_sizes(groups=v["groups"]),
+        "weight_bits": ("uint8_t", step.bits),
+        **_finish(v, "in_zp"),
+    }
+    function = "ek_depthwise_s8" if step.kind == "depthwise" else "ek_conv2d_s8"
+    return [Call(function, ("$p", "$x0", "$y", "$s"), Struct("ek_conv2d", _fields(fields)))]
+
+
+def _conv2d_scratch(step: Step, kernel_set: str) -> int:
+    v = step.values
+    inside = all((v["out"][i] - 1) * v["stride"][i] + 1 <= v["in"][i] for i in range(2))
+    pointwise = v["kernel"] == (1, 1) and v["groups"] == 1 and v["pad"] == (0, 0) and inside
+    return sim.conv2d_scratch(kernel_set, v["in"][2], v["groups"], v["kernel"], step.bits, pointwise)
+
+
+def _depthwise_scratch(step: Step, kernel_set: str) -> int:
+    return sim.depthwise_scratch(kernel_set, step.values["in"][2], step.values["kernel"], step.bits)
+
+
+def _linear(step: Step) -> list[Call]:
+    v = step.values
+    sizes = _sizes(rows=v["rows"], in_n=v["inputs"], out_n=v["outputs"])
+    fields = {**_CHANNELS, **sizes, "weight_bits": ("uint8_t", step.bits), **_finish(v)}
+    return [Call("ek_linear_s8", ("$p", "$x0", "$y", "$s"), Struct("ek_linear", _fields(fields)))]
+
+
+def _binary(step: Step, multipliers: Mapping[str, tuple[str, Any]], function: str) -> list[Call]:
+    """A call of a kernel that may write over its first operand only: the operands change places if the plan wants the second."""
+    v, swap = step.values, step.reuse == 1
+    zero_points = {"a_zp": v["b_zp" if swap else "a_zp"], "b_zp": v["a_zp" if swap else "b_zp"]}
+    sizes = {"n": ("uint32_t", v["size"]), "b_n": ("uint32_t", v["repeat"])}
+    fields = {**sizes, **multipliers, **_finish({**v, **zero_points}, "a_zp", "b_zp")}
+    operands = ("$x1", "$x0") if swap else ("$x0", "$x1")
+    return [Call(function, ("$p", *operands, "$y"), Struct(function.removesuffix("_s8"), _fields(fields)))]
+
+
+def _add(step: Step) -> list[Call]:
+    fixed = [*zip(step.values["multipliers"], step.values["shifts"], strict=True)]
+    a, b, out = (fixed[1], fixed[0], fixed[2]) if step.reuse == 1 else fixed
+    by_name = {"a": a, "b": b, "out": out}
+    fields = {f"{n}_multiplier": ("int32_t", m) for n, (m, _) in by_name.items()}
+    fields |= {f"{n}_shift": ("int8_t", s) for n, (_, s) in by_name.items()}
+    return _binary(step, fields, "ek_add_s8")
+
+
+def _mul(step: Step) -> list[Call]:
+    fields = {"multiplier": ("int32_t", step.values["multiplier"]), "shift": ("int8_t", step.values["shift"])}
+    return _binary(step, fields, "ek_mul_s8")
+
+
+def _scaled(values: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    return {"multiplier": ("int32_t", values["multiplier"]), "shift": ("int8_t", values["shift"]), **_finish(values, "in_zp")}
+
+
+def _requant(step: Step) -> list[Call]:
+    fields = {"n": ("uint32_t", step.values["size"]), **_scaled(step.values)}
+    return [Call("ek_requant_s8", ("$p", "$x0", "$y"), Struct("ek_requant", _fields(fields)))]
+
+
+def _lut(step: Step) -> list[Call]:
+    return [Call("ek_lut_s8", ("$table", "$x0", "$y", str(step.values["size"])))]
+
+
+def _mean(step: Step) -> list[Call]:
+    v = step.values
+    fields = {"positions": ("uint32_t", v["positions"]), **_sizes(channels=v["channels"]), **_scaled(v)}
+    return [Call("ek_mean_s8", ("$p", "$x0", "$y"), Struct("ek_mean", _fields(fields)))]
+
+
+_DIVISOR = np.dtype(
+    {"names": ["multiplier", "shift", "divisor"], "formats": ["<i4", "i1", "<u2"], "offsets": [0, 4, 6], "itemsize": 8}
+)
+
+
+def _pool_constants(step: Step) -> list[Constant]:
+    if step.kind == "max_pool":
+        return []
+    rows = np.zeros(len(step.values["divisors"]), _DIVISOR)
+    for row, values in zip(rows, step.values["divisors"], strict=True):
+        row["multiplier"], row["shift"], row["divisor"] = values
+    return [Constant("divisors", rows, "ek_divisor")]
+
+
+def _pool(step: Step) -> list[Call]:
+    v = step.values
+    (in_h, in_w, channels), (out_h, out_w, _) = v["in"], v["out"]
+    average = step.kind == "avg_pool"
+    dilation = v.get("dilation", (1, 1))
+    fields = {
+        "divisors": ("*", "divisors" if average else None),
+        **_sizes(n_divisors=len(v.get("divisors", ()))),
+        **_sizes(in_h=in_h, in_w=in_w, channels=channels, out_h=out_h, out_w=out_w),
+        **_sizes(kernel_h=v["kernel"][0], kernel_w=v["kernel"][1], stride_h=v["stride"][0], stride_w=v["stride"][1]),
+        **_sizes(dilation_h=dilation[0], dilation_w=dilation[1]),
+        **_sizes(pad_top=v["pad"][0], pad_left=v["pad"][1], pad_bottom=v["pad"][0], pad_right=v["pad"][1]),
+        "include_pad": ("uint8_t", int(v.get("include", False))),
+        **_finish({"in_zp": 0, "out_zp": 0, "low": -128, "high": 127, **v}, "in_zp"),
+    }
+    function = "ek_average_pool_s8" if average else "ek_max_pool_s8"
+    return [Call(function, ("$p", "$x0", "$y"), Struct("ek_pool", _fields(fields)))]
+
+
+def _concat(step: Step) -> list[Call]:
+    v, found, place = step.values, [], 0
+    stride = sum(width for width, *_ in v["parts"])
+    for i, (width, mantissa, shift, zero_point) in enumerate(v["parts"]):
+        sizes = {"outer": ("uint32_t", v["rows"]), "n": ("uint32_t", width), "y_stride": ("uint32_t", stride)}
+        fields = {**sizes, **_scaled({**v, "multiplier": mantissa, "shift": shift, "in_zp": zero_point})}
+        found.append(Call("ek_concat_s8", ("$p", f"$x{i}", f"$y+{place}"), Struct("ek_concat", _fields(fields))))
+        place += width
+    return found
+
+
+def _pad(step: Step) -> list[Call]:
+    v = step.values
+    (height, width, channels), (top, bottom), (left, right) = v["in"], v["vertical"], v["horizontal"]
+    sizes = _sizes(in_h=height, in_w=width, channels=channels, top=top, bottom=bottom, left=left, right=right)
+    return [Call("ek_pad_s8", ("$p", "$x0", "$y"), Struct("ek_pad", _fields({**sizes, "value": ("int8_t", v["zp"])})))]
+
+
+def _gather(step: Step) -> list[Call]:
+    v = step.values
+    fields = {"shape": ("uint32_t[4]", v["shape"]), "stride": ("int32_t[4]", v["stride"]), "offset": ("int32_t", v["offset"])}
+    return [Call("ek_gather_s8", ("$p", "$x0", "$y"), Struct("ek_gather", _fields(fields)))]
+
+
+KERNELS: dict[str, Kernel] = {
+    "conv2d": Kernel(_conv2d, _weighted_constants, scratch=_conv2d_scratch),
+    "depthwise": Kernel(_conv2d, _weighted_constants, scratch=_depthwise_scratch),
+    "linear": Kernel(_linear, _weighted_constants, scratch=lambda s, k: sim.linear_scratch(k, s.values["inputs"], s.bits)),
+    "add": Kernel(_add, in_place=(0, 1)),
+    "mul": Kernel(_mul, in_place=(0, 1)),
+    "requant": Kernel(_requant, in_place=(0,)),
+    "lut": Kernel(_lut, lambda step: [Constant("table", step.arrays["table"], "int8_t")], in_place=(0,)),
+    "mean": Kernel(_mean),
+    "avg_pool": Kernel(_pool, _pool_constants),
+    "max_pool": Kernel(_pool, _pool_constants),
+    "concat": Kernel(_concat),
+    "pad": Kernel(_pad),
+    "gather": Kernel(_gather),
+}
+"""Kernel kind to its row."""
+
+IN_PLACE: dict[str, tuple[int, ...]] = {kind: kernel.in_place for kind, kernel in KERNELS.items()}
+"""For the memory plan."""

@@ -1,0 +1,211 @@
+"""Frozen program to :class:`~edgekit.targets.cortex_m.graph.Firmware`: what each operator becomes is the table in ``rules.py``.
+
+The border is integer: ``quantize`` of a program input and ``dequantize`` of an output are done by whoever feeds the firmware.
+What is left in float, and activations of more than 8 bits, are refused with the layer's name, its source line and the remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor as TorchTensor
+from torch import fx
+
+from edgekit.errors import UnsupportedError
+from edgekit.frozen import FrozenProgram, Layer
+from edgekit.targets.cortex_m.graph import Firmware, Port, Step, Tensor
+
+__all__ = ["Builder", "build", "constants", "refusal", "refuse"]
+
+_REMEDIES = {
+    "softmax": "return the logits and take softmax (or argmax) where the result is used",
+    "log_softmax": "return the logits and take log_softmax (or argmax) where the result is used",
+    "layer_norm": "use batch normalization, which is folded into the layer before it",
+    "add": "let both operands be computed activations of one shape",
+    "sub": "write a - b as an addition of a layer with negated weights",
+    "batch_norm": "let it follow a convolution or linear layer directly, so that it is folded",
+}
+_REMEDY = "replace it by operators with an integer form, take it out of the model, or lower to executorch, tflite or onnx"
+
+
+def refusal(program: FrozenProgram, layer: str, what: str, remedy: str) -> UnsupportedError:
+    """The sentence for something firmware cannot take."""
+    place = program.sources.get(layer)
+    return UnsupportedError(
+        f"layer {layer}{f' ({place})' if place else ''} {what}, which Cortex-M firmware does not take: {remedy}"
+    )
+
+
+def refuse(program: FrozenProgram) -> None:
+    """Raise UnsupportedError for the first layer in float or with 16-bit activations, before any work."""
+    from edgekit.targets.cortex_m.rules import RULES
+
+    names = {layer.node for layer in program.layers}
+    reasons = {u.layer: u.reason for u in program.unquantized}
+    for node in program.module.graph.nodes:
+        if node.op != "call_function" or node.name in names:
+            continue
+        if not isinstance(node.meta.get("val"), TorchTensor):
+            continue
+        op = str(node.target).removeprefix("aten.").split(".")[0].strip("_")
+        stack = node.meta.get("nn_module_stack") or {}
+        unquantized = next((u.layer for u in program.unquantized if u.op.strip("_") in (op, f"{op}_")), "")
+        name = unquantized or (next(reversed(stack.values()))[0] if stack else "") or node.name
+        because = f" ({reasons[name]})" if name in reasons else ""
+        raise refusal(program, name, f"stays in float: {op}{because}", _REMEDIES.get(op, _REMEDY))
+    for layer in program.layers:
+        bits = max(int(layer.args.get(k, 8)) for k in ("out_bits", "bits"))
+        if bits > 8:
+            remedy = "set activations: int8 in the recipe, or int8 for this layer by a scope"
+            raise refusal(program, layer.name, f"has {bits}-bit activations", remedy)
+        if layer.op not in RULES:
+            raise refusal(program, layer.name, f"is the operator {layer.op}", _REMEDY)
+
+
+@dataclass
+class Builder:
+    """Collects tensors and steps; the rules call its methods."""
+
+    program: FrozenProgram
+    tensors: list[Tensor] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    inputs: list[Port] = field(default_factory=list)
+    of: dict[str, int] = field(default_factory=dict)
+    """Layer (or, for a program input with integers, fx node) to the tensor that holds its output."""
+    ends: dict[str, tuple[int, float, int]] = field(default_factory=dict)
+    """dequantize layer to (tensor, scale, zero point)."""
+    pads: dict[str, tuple[str, tuple[int, int, int, int]]] = field(default_factory=dict)
+    """qpad layer that was merged into the convolutions behind it, to (its input, (left, right, top, bottom))."""
+    _converted: dict[tuple[int, bool], int] = field(default_factory=dict)
+
+    def tensor(self, layer: Layer | str, shape: Sequence[int], last: bool, q: tuple[float, int], base: int | None = None) -> int:
+        """A new tensor; its index."""
+        index = len(self.tensors)
+        name = layer if isinstance(layer, str) else layer.name
+        self.tensors.append(Tensor(index, name, tuple(shape), last, float(q[0]), int(q[1]), index if base is None else base))
+        return index
+
+    def output(self, layer: Layer, last: bool) -> int:
+        """The tensor for a layer's output."""
+        assert layer.out_scale is not None and layer.out_zero_point is not None
+        index = self.tensor(layer, layer.shape, last, (layer.out_scale, layer.out_zero_point))
+        self.of[layer.name] = index
+        return index
+
+    def step(self, layer: Layer | str, kind: str, inputs: Sequence[int], output: int, **more: Any) -> None:
+        """Append a kernel call; ``more``: values, arrays, macs, bits."""
+        self.steps.append(Step(layer if isinstance(layer, str) else layer.name, kind, tuple(inputs), output, **more))
+
+    def read(self, name: str, last: bool | None = None) -> int:
+        """The tensor of a producer, stored channel-last (True), in the program's order (False), or as it is (None)."""
+        if name not in self.of:
+            raise self.refuse(name, "is used as integers but is computed in float", _REMEDY)
+        index = self.of[name]
+        tensor = self.tensors[index]
+        if last is None or tensor.last == last or len(tensor.shape) != 4:
+            return index
+        if (index, last) not in self._converted:
+            self._converted[index, last] = self._convert(tensor, last)
+        return self._converted[index, last]
+
+    def _convert(self, tensor: Tensor, last: bool) -> int:
+        q = (tensor.scale, tensor.zero_point)
+        free = tensor.shape[1] == 1 or prod(tensor.shape[2:]) == 1
+        name = f"{tensor.name}.{'last' if last else 'first'}"
+        made = self.tensor(name, tensor.shape, last, q, tensor.base if free else None)
+        if not free:
+            self.transpose(tensor.name, tensor.index, made, (0, 2, 3, 1) if last else (0, 3, 1, 2))
+        return made
+
+    def transpose(self, layer: Layer | str, source: int, target: int, order: Sequence[int]) -> None:
+        """Bytes of ``source``, in its stored shape, with its axes in ``order``."""
+        shape = self.tensors[source].stored
+        strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
+        self.gather(layer, source, target, [shape[i] for i in order], [strides[i] for i in order])
+
+    def gather(
+        self, layer: Layer | str, source: int, target: int, shape: Sequence[int], strides: Sequence[int], offset: int = 0
+    ) -> None:
+        """``target``, dense of ``shape``, from ``source[offset + sum(index * stride)]``.
+
+        Raises:
+            UnsupportedError: more than four axes are left when those of size 1 and those that lie together are merged.
+        """
+        axes: list[tuple[int, int]] = []
+        for size, stride in zip(shape, strides, strict=True):
+            if size == 1:
+                continue
+            if axes and axes[-1][1] == size * stride:
+                axes[-1] = (axes[-1][0] * size, stride)
+            else:
+                axes.append((size, stride))
+        if len(axes) > 4:
+            raise self.refuse(layer, "moves more than four axes", "split the permutation in two")
+        axes = [(1, 0)] * (4 - len(axes)) + axes
+        values = {"shape": tuple(n for n, _ in axes), "stride": tuple(s for _, s in axes), "offset": offset}
+        self.step(layer, "gather", [source], target, values=values)
+
+    def refuse(self, layer: Layer | str, what: str, remedy: str) -> UnsupportedError:
+        """The error for a layer that has no firmware form."""
+        return refusal(self.program, layer if isinstance(layer, str) else layer.name, what, remedy)
+
+    def users(self, layer: Layer) -> list[Layer]:
+        """Layers that read this one."""
+        return [x for x in self.program.layers if layer.name in x.inputs]
+
+
+def build(program: FrozenProgram) -> Firmware:
+    """Steps and tensors of a program, without offsets.
+
+    Raises:
+        UnsupportedError: something is left in float, has 16-bit activations, or no firmware form.
+    """
+    from edgekit.targets.cortex_m.rules import RULES
+
+    refuse(program)
+    builder = Builder(program)
+    holders = [n for n in program.module.graph.nodes if n.op == "placeholder"]
+    for position, node in enumerate(holders):
+        if node.meta["val"].dtype == torch.int8:
+            shape = tuple(node.meta["val"].shape)
+            builder.of[node.name] = builder.tensor(node.name, shape, False, (1.0, 0))
+            builder.inputs.append(Port(position, builder.of[node.name], None, None))
+    for layer in program.layers:
+        RULES[layer.op](builder, layer)
+    taps = {x.name: builder.of[x.name] for x in program.layers if x.name in builder.of}
+    return Firmware(
+        name=program.name,
+        tensors=tuple(builder.tensors),
+        steps=tuple(builder.steps),
+        inputs=tuple(builder.inputs),
+        outputs=_outputs(builder),
+        taps=taps,
+    )
+
+
+def _outputs(builder: Builder) -> tuple[Port, ...]:
+    (node,) = (n for n in builder.program.module.graph.nodes if n.op == "output")
+    found = node.args[0]
+    names = {layer.node: layer.name for layer in builder.program.layers}
+    ports = []
+    for position, value in enumerate(found if isinstance(found, list | tuple) else (found,)):
+        name = names.get(value.name, value.name) if isinstance(value, fx.Node) else str(value)
+        if name in builder.ends:
+            tensor, scale, zero_point = builder.ends[name]
+            ports.append(Port(position, tensor, scale, zero_point))
+        elif name in builder.of and name in names.values():
+            ports.append(Port(position, builder.of[name], None, None))
+        else:
+            raise builder.refuse(name, "is an output that no integer layer computes", _REMEDY)
+    return tuple(ports)
+
+
+def constants(layer: Layer, *keys: str) -> Mapping[str, NDArray[Any]]:
+    """A layer's constant tensors as numpy arrays."""
+    return {k: np.ascontiguousarray(layer.args[k].numpy()) for k in keys}

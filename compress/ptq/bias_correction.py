@@ -9,19 +9,17 @@ that activations and earlier layers bring are not part of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
 
 from edgekit.compress.capture import Graph
 from edgekit.compress.ptq.brevitas_twin import layers_of
-from edgekit.compress.ptq.plan import Plan, WeightQ, fit, with_bias
+from edgekit.compress.ptq.plan import Batches, Plan, WeightQ, fit, with_bias
 from edgekit.compress.ptq.simulate import layer_of, simulate, taps
 
 __all__ = ["correct_biases"]
-
-Batches = Callable[[], Iterable[tuple[Tensor, ...]]]
 
 
 def correct_biases(

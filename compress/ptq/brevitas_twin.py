@@ -18,13 +18,12 @@ from torch.nn import functional as F
 
 from edgekit.compress.capture import Graph
 from edgekit.compress.ptq.observers import ActQ
-from edgekit.compress.ptq.plan import Plan, WeightQ, fit, quantize_weight
+from edgekit.compress.ptq.plan import Batches, Plan, WeightQ, fit, quantize_weight
 from edgekit.compress.ptq.simulate import FakeQuantize, simulate
 from edgekit.compress.ptq.units import Unit, weight_of
+from edgekit.errors import ModelError
 
 __all__ = ["activated", "brevitas_layer", "error_compensation", "layers_of", "twin"]
-
-Batches = Callable[[], Iterable[tuple[Tensor, ...]]]
 
 
 class _Grid(nn.Module):
@@ -132,23 +131,41 @@ def error_compensation(
     Args:
         method: "gptq" (Frantar et al. 2022) or "gpfq" (Lybrand and Saab 2021), both with columns in order of activation energy.
         progress: called with (layers done, layers).
+
+    Raises:
+        ModelError: GPTQ cannot invert a layer's input correlations.
     """
+    module = twin(graph, plan)
+    layers = layers_of(module, plan)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from brevitas.graph.gpfq import gpfq_mode
-        from brevitas.graph.gptq import gptq_mode
-
-        module = twin(graph, plan)
-        layers = layers_of(module, plan)
-        mode = {"gptq": gptq_mode, "gpfq": gpfq_mode}[method]
-        with torch.no_grad(), mode(module, act_order=True, use_quant_activations=True) as run:
-            for i in range(run.num_layers):
-                for batch in fit(graph, data()):
-                    run.model(*batch)
-                run.update()
-                if progress:
-                    progress(i + 1, run.num_layers)
+        warnings.filterwarnings("error", message="Failed to compute the inverse")
+        try:
+            _run_mode(module, method, lambda: fit(graph, data()), progress)
+        except UserWarning as error:
+            raise ModelError(
+                f"gptq: {str(error).split(' GPTQ will')[0]}; give more calibration samples or take method learned_round"
+            ) from error
     return {name: _rounded(plan.weights[name], layers[name]) for name in layers}
+
+
+def _run_mode(
+    module: fx.GraphModule,
+    method: str,
+    stream: Callable[[], Iterable[tuple[Tensor, ...]]],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    from brevitas.graph.gpfq import gpfq_mode
+    from brevitas.graph.gptq import gptq_mode
+
+    mode = {"gptq": gptq_mode, "gpfq": gpfq_mode}[method]
+    with torch.no_grad(), mode(module, act_order=True, use_quant_activations=True) as run:
+        for i in range(run.num_layers):
+            for batch in stream():
+                run.model(*batch)
+            run.update()
+            if progress:
+                progress(i + 1, run.num_layers)
 
 
 def _rounded(w: WeightQ, layer: Any) -> WeightQ:

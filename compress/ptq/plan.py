@@ -18,6 +18,7 @@ from edgekit.errors import DataError
 from edgekit.frozen import Unquantized
 
 __all__ = [
+    "Batches",
     "Plan",
     "WeightQ",
     "calibrate",
@@ -30,6 +31,9 @@ __all__ = [
     "weight_scale",
     "with_bias",
 ]
+
+Batches = Callable[[], Iterable[tuple[Tensor, ...]]]
+"""Makes a fresh stream of calibration batches, one tensor (B, ...) for each input of the model."""
 
 _FIXED = {"sigmoid": ActQ(1 / 256, -128), "hardsigmoid": ActQ(1 / 256, -128), "tanh": ActQ(1 / 128, 0)}
 _MAX_BIAS = {8: 1 << 20, 16: 1 << 30}
@@ -76,7 +80,7 @@ def make_plan(
     units: tuple[Unit, ...],
     unquantized: tuple[Unquantized, ...],
     settings: Quantization,
-    data: Callable[[], Iterable[tuple[Tensor, ...]]],
+    data: Batches,
 ) -> Plan:
     """Calibrate activations and round weights to nearest.
 
@@ -149,9 +153,7 @@ def quantize_weight(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     return torch.round(weight.detach() / shaped).clamp(-qmax, qmax).to(torch.int8)
 
 
-def calibrate(
-    graph: Graph, units: Sequence[Unit], settings: Quantization, data: Callable[[], Iterable[tuple[Tensor, ...]]]
-) -> tuple[dict[str, ActQ], list[str]]:
+def calibrate(graph: Graph, units: Sequence[Unit], settings: Quantization, data: Batches) -> tuple[dict[str, ActQ], list[str]]:
     """Scale and zero point of every activation beside an integer layer, and warnings."""
     shared = groups(units)
     observers = {root: Observer() for root in set(shared.values())}
@@ -224,7 +226,7 @@ def _observe(
     graph: Graph,
     watched: Mapping[str, str],
     observers: Mapping[str, Observer],
-    data: Callable[[], Iterable[tuple[Tensor, ...]]],
+    data: Batches,
     step: str,
 ) -> None:
     def see(name: str, value: Tensor) -> None:

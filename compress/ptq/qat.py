@@ -84,7 +84,8 @@ class _Learned(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Any, Any, Any]:
         scale, zero = self.log_scale.exp(), self.q.zero_point
-        low, high = activation_bounds(self.activation, float(scale.detach()), zero, self.q.bits)
+        size = float(scale.detach()) if self.activation == "relu6" else self.q.scale  # no other bound depends on it
+        low, high = activation_bounds(self.activation, size, zero, self.q.bits)
         real = (x.float() / scale + zero).clamp(low, high)
         integers = real + (torch.round(real) - real).detach()
         return (integers - zero) * scale, scale, self.zero_point, self.bits

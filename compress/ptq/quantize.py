@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -11,19 +11,16 @@ from torch import Tensor, nn
 
 from edgekit.compress.capture import Graph, capture
 from edgekit.compress.ptq.freeze import freeze
-from edgekit.compress.ptq.plan import Plan, make_plan
+from edgekit.compress.ptq.plan import Batches, Plan, make_plan
 from edgekit.compress.ptq.settings import PTQ, QAT, Quantization, bits_of
 from edgekit.compress.ptq.units import find_units
 from edgekit.data import Data, batches, sample_inputs
 from edgekit.frozen import FrozenProgram
 
-__all__ = ["Progress", "Stream", "calibration_stream", "quantize", "quantize_model", "train"]
+__all__ = ["Progress", "calibration_stream", "quantize", "quantize_model", "train"]
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, how much is done, how much there is)."""
-
-Stream = Callable[[], Iterable[tuple[Tensor, ...]]]
-"""Makes a fresh stream of calibration batches."""
 
 
 def quantize(
@@ -53,7 +50,7 @@ def quantize(
     return graph, replace(made, changes=changes)
 
 
-def _improve(graph: Graph, plan: Plan, settings: PTQ, stream: Stream, progress: Progress | None) -> Plan:
+def _improve(graph: Graph, plan: Plan, settings: PTQ, stream: Batches, progress: Progress | None) -> Plan:
     """Round by the method asked for, then correct biases."""
     if settings.method != "nearest":
         from edgekit.compress.ptq.rounding import round_weights
@@ -89,7 +86,7 @@ def train(
     return graph, replace(plan, changes=changes)
 
 
-def calibration_stream(graph: Graph, settings: Quantization, data: Data, progress: Progress | None = None) -> Stream:
+def calibration_stream(graph: Graph, settings: Quantization, data: Data, progress: Progress | None = None) -> Batches:
     """Makes fresh streams of the first ``settings.samples`` calibration samples, labels dropped."""
 
     def stream() -> Iterator[tuple[Tensor, ...]]:

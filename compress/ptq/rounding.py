@@ -8,21 +8,20 @@ computes, activation included, so a layer also makes up for the errors before it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx, nn
 
 from edgekit.compress.capture import Graph
 from edgekit.compress.ptq.brevitas_twin import activated, error_compensation, layers_of
-from edgekit.compress.ptq.plan import Plan, WeightQ, fit, with_bias
+from edgekit.compress.ptq.plan import Batches, Plan, WeightQ, fit, with_bias
 from edgekit.compress.ptq.settings import PTQ
 from edgekit.compress.ptq.simulate import WeightedLayer, layer_of, simulate, taps
 from edgekit.compress.ptq.units import Unit, weight_of
 
 __all__ = ["learned_round", "round_weights"]
 
-Batches = Callable[[], Iterable[tuple[Tensor, ...]]]
 Step = Callable[[int, int], None]
 
 _BATCH = 32

@@ -110,9 +110,9 @@ def latency(rows: Sequence[Row]) -> str:
 
 
 _LATENCY = """
-One thread, each runtime alone, all files of a group in turn in each round; the last column is the median over rounds of our time
-divided by that file's. Below 1 ours is faster; the goal is at most 1.0 against every one, and bold marks the worst where it is missed.
-Times in µs are of a shared machine and only good for comparison within a group.
+One thread, each runtime alone, all files of a group in turn in each round; the last column is the median over rounds of our
+time divided by that file's. Below 1 ours is faster; the goal is at most 1.0 against every one, and bold marks the worst where
+it is missed. Times in µs are of a shared machine and only good for comparison within a group.
 """
 
 
@@ -120,7 +120,7 @@ def overhead(rows: Sequence[Row]) -> str:
     """Export time beside the bare converter."""
     return _plain(
         "## Time to export",
-        "Seconds in one process after a warm-up, against the bare converter of the same graph (at most 1.15 times as long).",
+        "Processor seconds, one process after a warm-up, against the bare converter of the same graph (at most 1.15 times as long).",
         rows, {"model": "network", "target": "format", "export_s": "edgekit", "converter_s": "converter alone"},
         ("export_time_ratio", "export_time_ratio_bound", "ratio"),
     )  # fmt: skip

@@ -113,6 +113,7 @@ def test_the_same_seed_gives_the_same_program() -> None:
     assert to_bytes(frozen(Functional)[0]) == to_bytes(frozen(Functional)[0])
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_samples() -> None:
     """Traced Python and numpy memory; tensors are streamed, so only one batch is alive."""
     model, _ = build(Modules)

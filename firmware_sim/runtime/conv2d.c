@@ -126,7 +126,7 @@ EK_NOINLINE void ek_conv2d_s8(const ek_conv2d *p, const int8_t *x, int8_t *y, vo
     free += 8 * ek_round4(k);
 #endif
     ek_rows r = {p->weights, p->bias, p->multiplier, p->shift, free, k, out_n, ek_row_bytes(k, p->weight_bits),
-                 p->out_zp, p->act_min, p->act_max, p->weight_bits};
+                 p->out_zp, p->act_min, p->act_max, p->weight_bits, ek_plain(p->shift, p->out_c, p->act_min, p->act_max)};
     for (uint32_t g = 0; g < p->groups; g++, y += out_n) {
         convolve(p, &r, g * in_n, x, y, &s);
         r.weights += out_n * r.row_bytes;

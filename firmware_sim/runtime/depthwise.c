@@ -6,14 +6,15 @@ typedef struct {
     const int8_t *const *taps;
     const int8_t *weights; /* taps rows of channels */
     uint32_t n_taps, channels;
+    int plain;
 } stencil;
 
 #if EK_SET == EK_DSP
 /* Four channels from c: even and odd bytes as halfwords. The table of taps ends with NULL. */
-EK_INLINE void sum4(const stencil *s, uint32_t c, int32_t *acc) {
+EK_INLINE void sum4(const stencil *s, uint32_t c, int32_t *s0, int32_t *s1, int32_t *s2, int32_t *s3) {
     const int8_t *w = s->weights + c;
     const int8_t *const *tap = s->taps;
-    int32_t a0 = acc[0], a1 = acc[1], a2 = acc[2], a3 = acc[3];
+    int32_t a0 = *s0, a1 = *s1, a2 = *s2, a3 = *s3;
     uint32_t v, u, t, q;
     __asm volatile(
         "ldr %[v], [%[tap]], #4\n"
@@ -26,15 +27,48 @@ EK_INLINE void sum4(const stencil *s, uint32_t c, int32_t *acc) {
           [t] "=&r"(t), [q] "=&r"(q)
         : [c] "r"(c), [step] "r"(s->channels)
         : "cc", "memory");
-    acc[0] = a0, acc[1] = a1, acc[2] = a2, acc[3] = a3;
+    *s0 = a0, *s1 = a1, *s2 = a2, *s3 = a3;
+}
+
+#define SHORT(i, acc) y[c + i] = ek_short(acc, multiplier[i], ek_short_round(twice, shift[i]), -shift[i])
+#endif
+
+#if EK_SET == EK_MVE
+/* Sixteen channels from c. Products of bytes are halfwords, even and odd channels apart; widened once more, accumulator i holds the
+ * channels i, i + 4, i + 8, i + 12. */
+EK_INLINE void sixteen(const ek_conv2d *restrict p, const stencil *restrict s, uint32_t c, int8_t *restrict y) {
+    const uint32x4_t fourth = vidupq_n_u32(0, 4);
+    int32x4x4_t a = vld4q_s32(p->bias + c);
+    const int8_t *w = s->weights + c;
+    for (const int8_t *const *tap = s->taps; *tap; tap++, w += s->channels) {
+        const int8x16_t u = vld1q_s8(*tap + c), v = vld1q_s8(w);
+        const int16x8_t even = vmullbq_int_s8(u, v), odd = vmulltq_int_s8(u, v);
+        a.val[0] = vaddq_s32(a.val[0], vmovlbq_s16(even));
+        a.val[2] = vaddq_s32(a.val[2], vmovltq_s16(even));
+        a.val[1] = vaddq_s32(a.val[1], vmovlbq_s16(odd));
+        a.val[3] = vaddq_s32(a.val[3], vmovltq_s16(odd));
+    }
+    const int32x4x4_t multiplier = vld4q_s32(p->multiplier + c);
+    for (int i = 0; i < 4; i++) {
+        const int32x4_t shift = vldrbq_gather_offset_s32(p->shift + c + i, fourth);
+        int32x4_t q;
+        if (s->plain) {
+            const int32x4_t h = vqrdmulhq_s32(a.val[i], multiplier.val[i]);
+            q = vaddq_n_s32(vrshlq_s32(vaddq_s32(h, vshrq_n_s32(h, 31)), shift), p->out_zp);
+            q = vmaxq_s32(vminq_s32(q, vdupq_n_s32(127)), vdupq_n_s32(-128));
+        } else
+            q = ek_clamp4(ek_scale4(a.val[i], multiplier.val[i], shift), p->out_zp, p->act_min, p->act_max);
+        vstrbq_scatter_offset_s32(y + i, fourth, q);
+    }
 }
 #endif
 
 /* All channels of one position. */
-EK_NOINLINE static void position(const ek_conv2d *p, const stencil *s, int8_t *y) {
+EK_NOINLINE static void position(const ek_conv2d *restrict p, const stencil *restrict s, int8_t *restrict y) {
     const int32_t zero = p->out_zp, low = p->act_min, high = p->act_max;
     uint32_t c = 0;
 #if EK_SET == EK_MVE
+    for (; c + 16 <= s->channels; c += 16) sixteen(p, s, c, y + c);
     for (; c < s->channels; c += 8) {
         const mve_pred16_t first = vctp32q(s->channels - c), second = s->channels - c > 4 ? vctp32q(s->channels - c - 4) : 0;
         int32x4_t a = vldrwq_z_s32(p->bias + c, first), b = vldrwq_z_s32(p->bias + c + 4, second);
@@ -51,11 +85,21 @@ EK_NOINLINE static void position(const ek_conv2d *p, const stencil *s, int8_t *y
     }
 #else
 #if EK_SET == EK_DSP
-    for (; c + 4 <= s->channels; c += 4) {
-        int32_t acc[4] = {p->bias[c], p->bias[c + 1], p->bias[c + 2], p->bias[c + 3]};
-        sum4(s, c, acc);
-        for (uint32_t i = 0; i < 4; i++)
-            y[c + i] = (int8_t)ek_clamp(ek_scale(acc[i], p->multiplier[c + i], p->shift[c + i]) + zero, low, high);
+    const int32_t *bias = p->bias, *multiplier = p->multiplier;
+    const int8_t *shift = p->shift;
+    const int32_t twice = 2 * zero + 1;
+    for (const uint32_t whole = s->channels & ~3u; c < whole; c += 4, bias += 4, multiplier += 4, shift += 4) {
+        int32_t a0 = bias[0], a1 = bias[1], a2 = bias[2], a3 = bias[3];
+        sum4(s, c, &a0, &a1, &a2, &a3);
+        if (s->plain) {
+            SHORT(0, a0);
+            SHORT(1, a1);
+            SHORT(2, a2);
+            SHORT(3, a3);
+        } else {
+            const int32_t acc[4] = {a0, a1, a2, a3};
+            for (uint32_t i = 0; i < 4; i++) y[c + i] = (int8_t)ek_clamp(ek_scale(acc[i], multiplier[i], shift[i]) + zero, low, high);
+        }
     }
 #endif
     for (; c < s->channels; c++) {
@@ -72,7 +116,7 @@ EK_NOINLINE void ek_depthwise_s8(const ek_conv2d *p, const int8_t *x, int8_t *y,
     const int8_t **taps = scratch;
     int8_t *outside = (int8_t *)scratch + ek_round16(4 * n_taps + 4), *unpacked = outside + ek_round16(channels);
     ek_fill(outside, p->in_zp, channels);
-    stencil s = {taps, p->weights, n_taps, channels};
+    stencil s = {taps, p->weights, n_taps, channels, ek_plain(p->shift, channels, p->act_min, p->act_max)};
     if (p->weight_bits != 8) {
         const uint8_t *row = p->weights;
         for (uint32_t t = 0; t < n_taps; t++, row += ek_row_bytes(channels, p->weight_bits))

@@ -4,10 +4,13 @@
  * Weights are int8, or packed int4/int2 (two's complement, low bits first); a row of packed weights starts at a whole byte.
  * Parameter structs are `static const`, so they and what they point to stay in flash.
  *
- * Requantization is TFLite's ("gemmlowp double rounding"). real = acc * multiplier * 2^(shift - 31), multiplier in [2^30, 2^31) or 0,
- * shift in [-31, 8] (positive is left):
+ * Requantization is TFLite's ("gemmlowp double rounding"). real = acc * multiplier * 2^(shift - 31), multiplier in [0, 2^31), usually
+ * from 2^30 on, shift in [-31, 8] (positive is left):
  *     a = acc << max(shift, 0);   h = (a * multiplier + 2^30) >> 31   (64 bit);   y = h / 2^max(-shift, 0), ties away from zero
  * Contract: |a| < 2^30. Whoever writes the parameters proves it: (|bias| + 128 * sum |w|) << max(shift, 0) < 2^30 for each channel.
+ *
+ * Weighted layers whose shifts all lie in [-16, -1], with act_min -128 and act_max 127, requantize in fewer instructions. A channel that
+ * needs less than -16 may take a smaller multiplier instead.
  *
  * `bias` of weighted layers is FOLDED: bias[o] - in_zp * sum(w[o]); so kernels multiply plain x by w, and padding is x = in_zp.
  *

@@ -95,7 +95,11 @@ typedef struct {
     uint32_t k, out_n, row_bytes;
     int32_t zero, low, high;
     int bits;
+    int plain; /* all shifts are to the right, by 1 to 16, and the clamp is int8's own: the short way through requantization */
 } ek_rows;
+
+/* Whether the short way is open: once a layer. */
+int ek_plain(const int8_t *shift, uint32_t n, int32_t low, int32_t high);
 
 EK_INLINE uint32_t ek_row_bytes(uint32_t k, int bits) { return (k * (uint32_t)bits + 7u) >> 3; }
 
@@ -108,6 +112,18 @@ void ek_rows_one(const ek_rows *r, const int8_t *column, int8_t *y);
 EK_INLINE int8_t ek_finish(int32_t acc, int32_t multiplier, int shift, const ek_rows *r) {
     return (int8_t)ek_clamp(ek_scale(acc, multiplier, shift) + r->zero, r->low, r->high);
 }
+
+/* The short way for one number, right = -shift >= 1: half and zero point in one addition, one shift, int8's own clamp.
+ * (h + sign + 2^(right - 1) + zero * 2^right) >> right, the last two being twice = 2 * zero + 1 shifted by right - 1. */
+#if EK_SET != EK_PORTABLE
+EK_INLINE int8_t ek_short(int32_t acc, int32_t multiplier, int32_t round, int right) {
+    int32_t h = ek_high(acc, multiplier), q;
+    __asm("add %0, %0, %0, asr #31" : "+r"(h));
+    __asm("ssat %0, #8, %1" : "=r"(q) : "r"((h + round) >> right));
+    return (int8_t)q;
+}
+EK_INLINE int32_t ek_short_round(int32_t twice, int shift) { return (int32_t)((uint32_t)twice << ~shift); }
+#endif
 
 #if EK_SET == EK_DSP
 EK_INLINE uint32_t ek_even(uint32_t v) {
@@ -129,13 +145,23 @@ EK_INLINE int32_t ek_smlad(uint32_t a, uint32_t b, int32_t acc) {
 /* Four bytes become two words of two int16: (0, 2) and (1, 3), as SXTB16 gives them. Blocks are `step` words apart.
  * n is rounded up to a multiple of 4 with zeros. Returns the next block. */
 EK_INLINE uint32_t *ek_expand(const int8_t *x, uint32_t n, uint32_t *pairs, uint32_t step) {
+    uint32_t v, t;
+    if (n >= 16) {
+        uint32_t turns = n >> 4;
+        __asm volatile("1:\n .rept 4\n ldr %[v], [%[x]], #4\n sxtb16 %[t], %[v]\n sxtb16 %[v], %[v], ror #8\n"
+                       " strd %[t], %[v], [%[to]]\n add %[to], %[step]\n .endr\n subs %[n], #1\n bne 1b\n"
+                       : [x] "+r"(x), [to] "+r"(pairs), [n] "+r"(turns), [v] "=&r"(v), [t] "=&r"(t)
+                       : [step] "r"(4 * step)
+                       : "cc", "memory");
+        n &= 15u;
+    }
     for (; n >= 4; n -= 4, x += 4, pairs += step) {
-        const uint32_t v = *(const ek_word *)x;
+        v = *(const ek_word *)x;
         pairs[0] = ek_even(v);
         pairs[1] = ek_odd(v);
     }
     if (n) {
-        uint32_t v = (uint8_t)x[0];
+        v = (uint8_t)x[0];
         if (n > 1) v |= (uint32_t)(uint8_t)x[1] << 8;
         if (n > 2) v |= (uint32_t)(uint8_t)x[2] << 16;
         pairs[0] = ek_even(v);

@@ -21,6 +21,20 @@ const int8_t *ek_fetch(const ek_rows *r, uint32_t o, uint32_t count, uint32_t *s
     return r->unpacked;
 }
 
+int ek_plain(const int8_t *shift, uint32_t n, int32_t low, int32_t high) {
+#if EK_SET == EK_PORTABLE
+    (void)shift, (void)n, (void)low, (void)high;
+    return 0;
+#else
+    if (low != -128 || high != 127) return 0;
+    for (; n >= 4; n -= 4, shift += 4) /* -16 to -1 are 0xf0 to 0xff */
+        if ((*(const ek_word *)shift & 0xf0f0f0f0u) != 0xf0f0f0f0u) return 0;
+    for (; n; n--, shift++)
+        if (*shift >= 0 || *shift < -16) return 0;
+    return 1;
+#endif
+}
+
 int32_t ek_requantize(int32_t acc, int32_t multiplier, int shift) { return ek_scale(acc, multiplier, shift); }
 
 #if EK_SET == EK_PORTABLE

@@ -19,17 +19,17 @@
     "subs r2, r2, #4\n blo 2f\n1:\n" block block block block "subs r2, r2, #4\n bhs 1b\n2: adds r2, r2, #4\n beq 4f\n3:\n" block \
     "subs r2, r2, #1\n bne 3b\n4:\n"
 
-EK_INLINE int8_t finish(int32_t acc, int32_t multiplier, int left, int right, int32_t round, const ek_rows *r) {
-    int32_t h = ek_high((int32_t)((uint32_t)acc << left), multiplier);
-    if (right) h = (h + (h >> 31) + round) >> right;
-    return (int8_t)ek_clamp(h + r->zero, r->low, r->high);
+EK_INLINE const int8_t *fetch(const ek_rows *r, uint32_t o, uint32_t count, uint32_t *stride) {
+    *stride = r->row_bytes;
+    return r->bits == 8 ? r->weights + o * r->row_bytes : ek_fetch(r, o, count, stride);
 }
 
-EK_NOINLINE void ek_rows_four(const ek_rows *r, const uint32_t *columns, int8_t *y, uint32_t y_stride) {
+EK_NOINLINE void ek_rows_four(const ek_rows *restrict r, const uint32_t *columns, int8_t *restrict y, uint32_t y_stride) {
     const uint32_t blocks = (r->k + 3) >> 2;
+    const int32_t twice = 2 * r->zero + 1;
     for (uint32_t o = 0; o < r->out_n; o++, y++) {
         uint32_t stride;
-        register const int8_t *w __asm("r0") = ek_fetch(r, o, 1, &stride);
+        register const int8_t *w __asm("r0") = fetch(r, o, 1, &stride);
         register const uint32_t *q __asm("r1") = columns;
         register uint32_t n __asm("r2") = blocks;
         register int32_t a0 __asm("r3") = r->bias[o];
@@ -40,39 +40,59 @@ EK_NOINLINE void ek_rows_four(const ek_rows *r, const uint32_t *columns, int8_t 
                        : "+r"(w), "+r"(q), "+r"(n), "+r"(a0), "+r"(a1), "+r"(a2), "+r"(a3)
                        :
                        : "r8", "r9", "r10", "r11", "r12", "lr", "cc", "memory");
-        const int32_t acc[4] = {a0, a1, a2, a3};
         const int32_t multiplier = r->multiplier[o];
-        const int shift = r->shift[o], left = shift > 0 ? shift : 0, right = left - shift;
-        const int32_t round = right ? 1 << (right - 1) : 0;
+        const int shift = r->shift[o];
         int8_t *to = y;
-        for (int i = 0; i < 4; i++, to += y_stride) *to = finish(acc[i], multiplier, left, right, round, r);
+        if (r->plain) {
+            const int32_t round = ek_short_round(twice, shift);
+            *to = ek_short(a0, multiplier, round, -shift), to += y_stride;
+            *to = ek_short(a1, multiplier, round, -shift), to += y_stride;
+            *to = ek_short(a2, multiplier, round, -shift), to += y_stride;
+            *to = ek_short(a3, multiplier, round, -shift);
+        } else {
+            const int32_t acc[4] = {a0, a1, a2, a3};
+            for (int i = 0; i < 4; i++, to += y_stride) *to = ek_finish(acc[i], multiplier, shift, r);
+        }
     }
 }
 
-EK_NOINLINE void ek_rows_one(const ek_rows *r, const int8_t *column, int8_t *y) {
+#define SHORT(i, acc) y[o + i] = ek_short(acc, multiplier[i], ek_short_round(twice, shift[i]), -shift[i])
+EK_NOINLINE void ek_rows_one(const ek_rows *restrict r, const int8_t *column, int8_t *restrict y) {
     const uint32_t blocks = (r->k + 3) >> 2;
+    const int32_t twice = 2 * r->zero + 1;
+    const uint32_t whole = r->out_n & ~3u;
     uint32_t o = 0;
-    for (; o + 4 <= r->out_n; o += 4) {
+    for (; o < whole; o += 4) {
         uint32_t gap;
-        register const int8_t *w __asm("r0") = ek_fetch(r, o, 4, &gap);
+        register const int8_t *w __asm("r0") = fetch(r, o, 4, &gap);
+        const int32_t *bias = r->bias + o;
         register const int8_t *q __asm("r1") = column;
         register uint32_t n __asm("r2") = blocks;
-        register int32_t a0 __asm("r3") = r->bias[o];
-        register int32_t a1 __asm("r4") = r->bias[o + 1];
-        register int32_t a2 __asm("r5") = r->bias[o + 2];
-        register int32_t a3 __asm("r6") = r->bias[o + 3];
+        register int32_t a0 __asm("r3") = bias[0];
+        register int32_t a1 __asm("r4") = bias[1];
+        register int32_t a2 __asm("r5") = bias[2];
+        register int32_t a3 __asm("r6") = bias[3];
         register uint32_t stride __asm("r8") = gap;
         register uint32_t stride3 __asm("r9") = gap * 3;
         __asm volatile(REPEAT(COLUMN)
                        : "+r"(w), "+r"(q), "+r"(n), "+r"(a0), "+r"(a1), "+r"(a2), "+r"(a3)
                        : "r"(stride), "r"(stride3)
                        : "r10", "r11", "r12", "lr", "cc", "memory");
-        const int32_t acc[4] = {a0, a1, a2, a3};
-        for (uint32_t i = 0; i < 4; i++) y[o + i] = ek_finish(acc[i], r->multiplier[o + i], r->shift[o + i], r);
+        const int32_t *multiplier = r->multiplier + o;
+        const int8_t *shift = r->shift + o;
+        if (r->plain) {
+            SHORT(0, a0);
+            SHORT(1, a1);
+            SHORT(2, a2);
+            SHORT(3, a3);
+        } else {
+            const int32_t acc[4] = {a0, a1, a2, a3};
+            for (uint32_t i = 0; i < 4; i++) y[o + i] = ek_finish(acc[i], multiplier[i], shift[i], r);
+        }
     }
     for (; o < r->out_n; o++) {
         uint32_t stride;
-        const int8_t *w = ek_fetch(r, o, 1, &stride);
+        const int8_t *w = fetch(r, o, 1, &stride);
         const uint32_t *q = (const uint32_t *)(const void *)column;
         int32_t a = r->bias[o];
         for (uint32_t i = 0; i < blocks; i++, w += 4, q += 2) {

@@ -82,6 +82,8 @@ class Builder:
     """dequantize layer to (tensor, scale, zero point)."""
     pads: dict[str, tuple[str, tuple[int, int, int, int]]] = field(default_factory=dict)
     """qpad layer that was merged into the convolutions behind it, to (its input, (left, right, top, bottom))."""
+    flattened: dict[str, int] = field(default_factory=dict)
+    """qreshape layer of a channel-last image that only linear layers read, to that image; their weights are put in its order."""
     _converted: dict[tuple[int, bool], int] = field(default_factory=dict)
 
     def tensor(self, layer: Layer | str, shape: Sequence[int], last: bool, q: tuple[float, int], base: int | None = None) -> int:
@@ -154,6 +156,11 @@ class Builder:
     def refuse(self, layer: Layer | str, what: str, remedy: str) -> UnsupportedError:
         """The error for a layer that has no firmware form."""
         return refusal(self.program, layer if isinstance(layer, str) else layer.name, what, remedy)
+
+    def is_output(self, layer: Layer) -> bool:
+        """The program returns this layer's integers."""
+        found = next(n for n in self.program.module.graph.nodes if n.op == "output").args[0]
+        return any(getattr(n, "name", "") == layer.node for n in (found if isinstance(found, list | tuple) else (found,)))
 
     def users(self, layer: Layer) -> list[Layer]:
         """Layers that read this one."""

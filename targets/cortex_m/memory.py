@@ -2,7 +2,7 @@
 
 A buffer lives from the step that writes it to the last step that reads it; two buffers that live at the same time must not
 overlap. Packing them into the smallest arena is NP-hard (dynamic storage allocation); buffers are placed one after the other,
-each into the smallest gap that holds it, in several orders: by size, by lifetime, by the load of their busiest step, and then in
+each into the smallest (or the lowest) gap that holds it, in several orders: by size, by lifetime, by the load of their busiest step, and then in
 neighbours of the best order until the lower bound is met or the tries are used up. Everything is deterministic.
 Source of the greedy order by size: Y. Pisarchyk, J. Lee, "Efficient Memory Management for Deep Neural Net Inference", 2020.
 """
@@ -60,7 +60,7 @@ def place(buffers: Sequence[Buffer], tries: int = 400) -> Placement:
         sorted(indices, key=lambda i: (buffers[i].first - buffers[i].last, -buffers[i].size, i)),
         sorted(indices, key=lambda i: (-load[i], -buffers[i].size, i)),
     ]
-    best_size, best, best_offsets = min((_arena(buffers, order), order, _greedy(buffers, order)) for order in orders)
+    best_size, best_offsets, best = min((*_greedy(buffers, order), order) for order in orders)
     chance = random.Random(0)
     for _ in range(tries):
         if best_size <= bound:
@@ -68,10 +68,9 @@ def place(buffers: Sequence[Buffer], tries: int = 400) -> Placement:
         order = list(best)
         for _ in range(chance.choice((1, 1, 2, 3))):
             order.insert(chance.randrange(len(order)), order.pop(chance.randrange(len(order))))
-        offsets = _greedy(buffers, order)
-        size = _extent(buffers, offsets)
+        size, offsets = _greedy(buffers, order)
         if size <= best_size:
-            best_size, best, best_offsets = size, order, offsets
+            best_size, best_offsets, best = size, offsets, order
     return Placement(tuple(best_offsets), best_size, bound)
 
 
@@ -91,24 +90,25 @@ def _busiest(buffers: Sequence[Buffer], index: int) -> int:
     return max(sum(_round(b.size) for b in buffers if b.first <= step <= b.last) for step in starts)
 
 
-def _greedy(buffers: Sequence[Buffer], order: Sequence[int]) -> list[int]:
-    """Each buffer into the smallest gap between those already placed that it meets, else above them."""
+def _greedy(buffers: Sequence[Buffer], order: Sequence[int]) -> tuple[int, list[int]]:
+    """Size and offsets: each buffer into the smallest gap that holds it, or all into the lowest, whichever arena is smaller."""
+    return min((_extent(buffers, offsets), offsets) for offsets in (_fit(buffers, order, best) for best in (True, False)))
+
+
+def _fit(buffers: Sequence[Buffer], order: Sequence[int], best: bool) -> list[int]:
+    """Each buffer into a gap between those already placed that it meets, else above them."""
     offsets = [-1] * len(buffers)
     for i in order:
-        need, cursor, best = _round(buffers[i].size), 0, None
+        need, cursor = _round(buffers[i].size), 0
         taken = sorted((offsets[j], _round(buffers[j].size)) for j in order if offsets[j] >= 0 and buffers[j].meets(buffers[i]))
+        gaps = []
         for start, size in taken:
-            gap = start - cursor
-            if gap >= need and (best is None or gap < best[0]):
-                best = (gap, cursor)
+            if start - cursor >= need:
+                gaps.append((start - cursor if best else 0, cursor))
             cursor = max(cursor, start + size)
-        offsets[i] = best[1] if best else cursor
+        offsets[i] = min(gaps)[1] if gaps else cursor
     return offsets
 
 
 def _extent(buffers: Sequence[Buffer], offsets: Sequence[int]) -> int:
     return max((o + _round(b.size) for b, o in zip(buffers, offsets, strict=True)), default=0)
-
-
-def _arena(buffers: Sequence[Buffer], order: Sequence[int]) -> int:
-    return _extent(buffers, _greedy(buffers, order))

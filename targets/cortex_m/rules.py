@@ -120,8 +120,12 @@ def _conv2d(build: Builder, layer: Layer) -> None:
 
 
 def _linear(build: Builder, layer: Layer) -> None:
-    source = build.read(layer.inputs[0], last=False)
     values, arrays = _weighted(build, layer)
+    image = build.flattened.get(layer.inputs[0])
+    source = build.read(layer.inputs[0], last=False) if image is None else image
+    if image is not None:
+        columns = arrays["weight"].reshape(-1, *build.tensors[image].shape[1:]).transpose(0, 2, 3, 1)
+        arrays["weight"] = np.ascontiguousarray(columns.reshape(arrays["weight"].shape))
     outputs, inputs = arrays["weight"].shape
     values |= {"rows": prod(layer.shape[:-1]), "inputs": inputs, "outputs": outputs}
     more = {"macs": layer.macs, "bits": int(layer.args["weight_bits"])}
@@ -247,10 +251,8 @@ def _concat(build: Builder, layer: Layer) -> None:
 def _pad(build: Builder, layer: Layer) -> None:
     flat = [int(p) for p in layer.args["pad"]]
     users = build.users(layer)
-    dead_end = not users or any(u.op != "qconv2d" for u in users)
-    ends = next(n for n in build.program.module.graph.nodes if n.op == "output").args[0]
-    is_output = any(getattr(n, "name", "") == layer.node for n in (ends if isinstance(ends, list | tuple) else (ends,)))
-    if len(layer.shape) == 4 and min(flat) >= 0 and not any(flat[4:]) and not dead_end and not is_output:
+    merges = bool(users) and all(u.op == "qconv2d" for u in users) and not build.is_output(layer)
+    if len(layer.shape) == 4 and min(flat) >= 0 and not any(flat[4:]) and merges:
         sides = [*flat, 0, 0, 0, 0][:4]
         build.pads[layer.name] = (layer.inputs[0], (sides[0], sides[1], sides[2], sides[3]))
         return
@@ -286,6 +288,13 @@ def _pad_axes(build: Builder, layer: Layer, tensor: Tensor, sides: list[tuple[in
 
 
 def _reshape(build: Builder, layer: Layer) -> None:
+    before = build.tensors[build.read(layer.inputs[0])]
+    users = build.users(layer)
+    linear = bool(users) and all(u.op == "qlinear" for u in users) and not build.is_output(layer)
+    mixed = before.last and before.shape[1] > 1 and prod(before.shape[2:]) > 1
+    if mixed and linear and layer.shape == (1, before.size):
+        build.flattened[layer.name] = before.index
+        return
     source = build.tensors[build.read(layer.inputs[0], last=False)]
     build.of[layer.name] = build.tensor(layer, layer.shape, False, (source.scale, source.zero_point), source.base)
 

@@ -196,7 +196,8 @@ def _coverage(program: FrozenProgram, firmware: Firmware) -> tuple[Coverage, ...
             continue
         steps = [s for s in firmware.steps if s.layer == layer.name]
         if not steps:
-            note = "free: the same bytes" if layer.name in firmware.taps else "merged into the convolution's padding"
+            merged = "merged into the convolution's padding" if layer.op == "qpad" else "merged into the order of the weights"
+            note = "free: the same bytes" if layer.name in firmware.taps else merged
             rows.append(Coverage(layer.name, "none", "int8", note=note))
         for step in steps:
             function = calls(step)[0].function

@@ -17,10 +17,10 @@ demo: $(VENV)/.demo
 	@echo "The pages: runs/demo/report.html and runs/demo-mixed/report.html"
 
 test: $(VENV)/.test tools lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.test lint
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 lint: $(VENV)/.test
 	$(RUFF) format --check .
@@ -28,14 +28,18 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	for folder in examples/*/; do MYPYPATH=$$folder $(BIN)/mypy $$folder || exit 1; done
 
-# Chromium draws the report in one test; without it that test is skipped and says so.
+# Programs that some tests need, from Debian's packages where they are missing; a test whose program is missing fails and says so.
 tools:
-	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
-	  if ! command -v apt-get >/dev/null; then echo "chromium is missing and there is no apt-get: tests that need it are skipped"; exit 0; fi; \
-	  if [ "$$(id -u)" = 0 ]; then as_root=""; elif sudo -n true 2>/dev/null; then as_root="sudo -n"; \
-	  else echo "chromium is missing and this user may not install it: tests that need it are skipped"; exit 0; fi; \
-	  { $$as_root apt-get -qq update && $$as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium; } \
-	    >/dev/null </dev/null || echo "chromium could not be installed: tests that need it are skipped"; }
+	@packages=""; \
+	command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || packages="chromium"; \
+	command -v arm-none-eabi-gcc >/dev/null || packages="$$packages gcc-arm-none-eabi libnewlib-arm-none-eabi"; \
+	command -v qemu-system-arm >/dev/null || packages="$$packages qemu-system-arm"; \
+	command -v gcc >/dev/null || packages="$$packages gcc libc6-dev"; \
+	[ -n "$$packages" ] || exit 0; \
+	as_root=""; [ "$$(id -u)" = 0 ] || as_root="sudo -n"; \
+	echo "installing $$packages"; \
+	{ $$as_root apt-get -qq update && $$as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$packages; } \
+	  >/dev/null </dev/null || echo "could not install $$packages: the tests that need them will fail"
 
 benchmarks-docs: $(VENV)/.demo
 	$(BIN)/python benchmarks/make_docs.py

@@ -38,28 +38,39 @@ EK_INLINE void sum4(const stencil *s, uint32_t c, int32_t *s0, int32_t *s1, int3
  * channels i, i + 4, i + 8, i + 12. */
 EK_INLINE void sixteen(const ek_conv2d *restrict p, const stencil *restrict s, uint32_t c, int8_t *restrict y) {
     const uint32x4_t fourth = vidupq_n_u32(0, 4);
-    int32x4x4_t a = vld4q_s32(p->bias + c);
-    const int8_t *w = s->weights + c;
-    for (const int8_t *const *tap = s->taps; *tap; tap++, w += s->channels) {
-        const int8x16_t u = vld1q_s8(*tap + c), v = vld1q_s8(w);
-        const int16x8_t even = vmullbq_int_s8(u, v), odd = vmulltq_int_s8(u, v);
-        a.val[0] = vaddq_s32(a.val[0], vmovlbq_s16(even));
-        a.val[2] = vaddq_s32(a.val[2], vmovltq_s16(even));
-        a.val[1] = vaddq_s32(a.val[1], vmovlbq_s16(odd));
-        a.val[3] = vaddq_s32(a.val[3], vmovltq_s16(odd));
-    }
-    const int32x4x4_t multiplier = vld4q_s32(p->multiplier + c);
-    for (int i = 0; i < 4; i++) {
-        const int32x4_t shift = vldrbq_gather_offset_s32(p->shift + c + i, fourth);
-        int32x4_t q;
-        if (s->plain) {
-            const int32x4_t h = vqrdmulhq_s32(a.val[i], multiplier.val[i]);
-            q = vaddq_n_s32(vrshlq_s32(vaddq_s32(h, vshrq_n_s32(h, 31)), shift), p->out_zp);
-            q = vmaxq_s32(vminq_s32(q, vdupq_n_s32(127)), vdupq_n_s32(-128));
-        } else
-            q = ek_clamp4(ek_scale4(a.val[i], multiplier.val[i], shift), p->out_zp, p->act_min, p->act_max);
-        vstrbq_scatter_offset_s32(y + i, fourth, q);
-    }
+    const int32_t *bias = p->bias + c, *multiplier = p->multiplier + c;
+    const int8_t *shift = p->shift + c, *w = s->weights + c, *x;
+    const int8_t *const *tap = s->taps;
+    register int32x4_t a0 __asm("q0") = vldrwq_gather_shifted_offset_s32(bias, fourth);
+    register int32x4_t a1 __asm("q1") = vldrwq_gather_shifted_offset_s32(bias + 1, fourth);
+    register int32x4_t a2 __asm("q2") = vldrwq_gather_shifted_offset_s32(bias + 2, fourth);
+    register int32x4_t a3 __asm("q3") = vldrwq_gather_shifted_offset_s32(bias + 3, fourth);
+    __asm volatile("ldr %[x], [%[tap]], #4\n"
+                   "1: add %[x], %[c]\n vldrb.8 q4, [%[x]]\n vldrb.8 q5, [%[w]]\n vmullb.s8 q6, q4, q5\n vmullt.s8 q5, q4, q5\n"
+                   "vmovlb.s16 q4, q6\n vadd.i32 q0, q0, q4\n vmovlt.s16 q6, q6\n vadd.i32 q2, q2, q6\n"
+                   "vmovlb.s16 q4, q5\n vadd.i32 q1, q1, q4\n vmovlt.s16 q5, q5\n vadd.i32 q3, q3, q5\n"
+                   "add %[w], %[step]\n ldr %[x], [%[tap]], #4\n cmp %[x], #0\n bne 1b\n"
+                   : "+w"(a0), "+w"(a1), "+w"(a2), "+w"(a3), [tap] "+r"(tap), [w] "+r"(w), [x] "=&r"(x)
+                   : [c] "r"(c), [step] "r"(s->channels)
+                   : "q4", "q5", "q6", "cc", "memory");
+#define FOURTH(i, a)                                                                                        \
+    do {                                                                                                     \
+        const int32x4_t m = vldrwq_gather_shifted_offset_s32(multiplier + i, fourth);                        \
+        const int32x4_t n = vldrbq_gather_offset_s32(shift + i, fourth);                                     \
+        int32x4_t q;                                                                                         \
+        if (s->plain) {                                                                                      \
+            const int32x4_t h = vqrdmulhq_s32(a, m);                                                         \
+            q = vaddq_n_s32(vrshlq_s32(vaddq_s32(h, vshrq_n_s32(h, 31)), n), p->out_zp);                     \
+            q = vmaxq_s32(vminq_s32(q, vdupq_n_s32(127)), vdupq_n_s32(-128));                                \
+        } else                                                                                               \
+            q = ek_clamp4(ek_scale4(a, m, n), p->out_zp, p->act_min, p->act_max);                            \
+        vstrbq_scatter_offset_s32(y + i, fourth, q);                                                         \
+    } while (0)
+    FOURTH(0, a0);
+    FOURTH(1, a1);
+    FOURTH(2, a2);
+    FOURTH(3, a3);
+#undef FOURTH
 }
 #endif
 

@@ -1,14 +1,28 @@
 /* The rows of weighted layers: the parts all kernel sets share, and the portable set. */
 #include "internal.h"
 
+#if EK_SET != EK_MVE
 EK_NOINLINE void ek_unpack(const uint8_t *packed, int8_t *out, uint32_t n, int bits) {
-    const uint32_t per_byte = bits == 4 ? 2 : 4;
-    const int up = 32 - bits;
-    for (; n; packed++) {
-        uint32_t v = *packed;
-        for (uint32_t i = 0; i < per_byte && n; i++, n--, v >>= bits) *out++ = (int8_t)((int32_t)(v << up) >> up);
+    const int8_t *in = (const int8_t *)packed;
+    if (bits == 4) {
+        for (; n >= 2; n -= 2, out += 2) {
+            const int32_t v = *in++;
+            out[0] = (int8_t)((int32_t)((uint32_t)v << 28) >> 28);
+            out[1] = (int8_t)(v >> 4);
+        }
+        if (n) *out = (int8_t)((int32_t)((uint32_t)*in << 28) >> 28);
+        return;
     }
+    for (; n >= 4; n -= 4, out += 4) {
+        const int32_t v = *in++;
+        out[0] = (int8_t)((int32_t)((uint32_t)v << 30) >> 30);
+        out[1] = (int8_t)((int32_t)((uint32_t)v << 28) >> 30);
+        out[2] = (int8_t)((int32_t)((uint32_t)v << 26) >> 30);
+        out[3] = (int8_t)(v >> 6);
+    }
+    for (uint32_t v = n ? (uint8_t)*in : 0; n; n--, v >>= 2) *out++ = (int8_t)((int32_t)(v << 30) >> 30);
 }
+#endif
 
 const int8_t *ek_fetch(const ek_rows *r, uint32_t o, uint32_t count, uint32_t *stride) {
     const int8_t *row = r->weights + o * r->row_bytes;

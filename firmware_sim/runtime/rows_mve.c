@@ -32,6 +32,26 @@ EK_INLINE int32x4_t dot4(const int8_t *x, const int8_t *const rows[4], uint32_t 
     return sums;
 }
 
+/* Fields of a byte, sign-extended, are put side by side: a field shifted up by 8 is inserted above the one before. */
+EK_NOINLINE void ek_unpack(const uint8_t *packed, int8_t *out, uint32_t n, int bits) {
+    const int8_t *in = (const int8_t *)packed;
+    for (int32_t left = (int32_t)n; left > 0; left -= 16, out += 16) {
+        int8x16_t q;
+        if (bits == 4) {
+            const int16x8_t v = vldrbq_z_s16(in, vctp16q((uint32_t)(left + 1) >> 1));
+            q = vreinterpretq_s8_s16(vsliq_n_s16(vshrq_n_s16(vshlq_n_s16(v, 12), 12), vshrq_n_s16(v, 4), 8));
+            in += 8;
+        } else {
+            const int32x4_t v = vldrbq_z_s32(in, vctp32q((uint32_t)(left + 3) >> 2));
+            int32x4_t w = vsliq_n_s32(vshrq_n_s32(vshlq_n_s32(v, 30), 30), vshrq_n_s32(vshlq_n_s32(v, 28), 30), 8);
+            w = vsliq_n_s32(vsliq_n_s32(w, vshrq_n_s32(vshlq_n_s32(v, 26), 30), 16), vshrq_n_s32(v, 6), 24);
+            q = vreinterpretq_s8_s32(w);
+            in += 4;
+        }
+        vst1q_p_s8(out, q, vctp8q((uint32_t)left));
+    }
+}
+
 typedef struct {
     const int8_t *x;
     uint32_t k;

@@ -2,8 +2,8 @@
 
 A buffer lives from the step that writes it to the last step that reads it; two buffers that live at the same time must not
 overlap. Packing them into the smallest arena is NP-hard (dynamic storage allocation); buffers are placed one after the other,
-each into the smallest (or the lowest) gap that holds it, in several orders: by size, by lifetime, by the load of their busiest step, and then in
-neighbours of the best order until the lower bound is met or the tries are used up. Everything is deterministic.
+each into the smallest (or the lowest) gap that holds it, in several orders: by size, by lifetime, by the load of their busiest
+step, and then in neighbours of the best order until the lower bound is met or the tries are used up. Everything is deterministic.
 Source of the greedy order by size: Y. Pisarchyk, J. Lee, "Efficient Memory Management for Deep Neural Net Inference", 2020.
 """
 

@@ -52,7 +52,8 @@ def ptq(rows: Sequence[Row]) -> str:
 
 _SEEDS = """
 Seed 0 calibrates on the samples of the example's recipe, seeds 1 and 2 on as many others drawn from the training samples; where a
-method draws random numbers it takes the same seed. Other tools' files are made for seed 0; MLPerf's come with their own calibration.
+method draws random numbers it takes the same seed. Other tools' files are made for seed 0 only; MLPerf's
+have a calibration of their own.
 """
 
 
@@ -120,7 +121,7 @@ def overhead(rows: Sequence[Row]) -> str:
     """Export time beside the bare converter."""
     return _plain(
         "## Time to export",
-        "Processor seconds, one process, after a warm-up, beside the bare converter of the same graph (at most 1.15 times as long).",
+        "Processor seconds after a warm-up, beside the bare converter of the same graph (at most 1.15 times as long).",
         rows, {"model": "network", "target": "format", "export_s": "edgekit", "converter_s": "converter alone"},
         ("export_time_ratio", "export_time_ratio_bound", "ratio"),
     )  # fmt: skip

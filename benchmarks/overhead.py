@@ -3,8 +3,8 @@
     python benchmarks/overhead.py [--models resnet8] [--rounds 5]
 
 Both go from a module (ours: a frozen program) to the file's bytes, in one process after a warm-up, in turn; the ratio is the
-median of ours over the median of the converter's, in seconds of processor time, which other processes disturb least. Ours includes
-the decomposition, the checks before, the finish of the file, writing, reading it back and comparing every stored number.
+median of ours over the median of the converter's, in seconds of processor time, which other processes disturb least. Ours
+includes the decomposition, the checks before, the finish of the file, writing, reading it back and comparing every stored number.
 """
 
 from __future__ import annotations

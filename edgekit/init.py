@@ -93,7 +93,7 @@ def write(
         folder: made if it does not exist.
         model, data: factories; both or none. They are loaded once, so that the recipe is known to run.
         weights: "int8" or "int4".
-        targets: names; None: every target that is installed.
+        targets: names; None: every target that is installed, but the Cortex-M cores.
         ask: asks for what is not given; None: takes the defaults.
         force: replace files that are there.
 
@@ -103,7 +103,8 @@ def write(
     from edgekit.targets import TARGETS, get
 
     folder = Path(folder)
-    installed = [name for name in TARGETS if get(name).available() is None]
+    formats = [name for name in TARGETS if not name.startswith("cortex-m")]  # six cores would be six times the same firmware
+    installed = [name for name in formats if get(name).available() is None]
     if ask is not None:
         model = model or ask("Model (file.py:factory or .pt2; empty: a starter to edit)", default="", show_default=False) or None
         if model and not data:

@@ -149,7 +149,8 @@ def test_describe(finished: Path) -> None:
 
 def test_targets_and_doctor(finished: Path, recipe: Path) -> None:
     found = json.loads(call("targets", "--json")[1])
-    assert {(t["name"], t["suffix"]) for t in found} == {("executorch", ".pte"), ("tflite", ".tflite"), ("onnx", ".onnx")}
+    cores = {(f"cortex-m{n}", f".cortex-m{n}/model.c") for n in (0, 3, 4, 7, 33, 55)}
+    assert {(t["name"], t["suffix"]) for t in found} == {("executorch", ".pte"), ("tflite", ".tflite"), ("onnx", ".onnx")} | cores
     assert call("targets")[0] == 0
     code, text = call("doctor")
     assert code == 0 and "torch" in text and "onnx" in text

@@ -26,6 +26,7 @@ __all__ = [
     "fixed_activations",
     "groups",
     "make_plan",
+    "minimal_scale",
     "quantize_weight",
     "weight_bits",
     "weight_scale",

@@ -30,7 +30,7 @@ SETTINGS: dict[str, type[PTQ] | type[QAT]] = {"ptq": PTQ, "qat": QAT}
 
 NAMED: dict[str, Mapping[str, Any]] = {
     "static_wi8_ai8": {"ptq": {"weights": "int8", "activations": "int8"}},
-    "static_wi4_ai8": {"ptq": {"weights": "int4", "activations": "int8", "method": "learned_round", "weight_scale": "mse"}},
+    "static_wi4_ai8": {"ptq": {"weights": "int4", "activations": "int8", "method": "gptq"}},
 }
 """Named compressions in the grammar of ai-edge-quantizer: calibrated, weight type, activation type."""
 

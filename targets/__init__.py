@@ -35,4 +35,3 @@ def get(name: str) -> Any:
     module, _, member = TARGETS[name].partition(":")
     found = importlib.import_module(module)
     return getattr(found, member) if member else found
-

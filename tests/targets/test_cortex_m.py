@@ -15,8 +15,11 @@ import torch
 from cortex_nets import borders, moves
 from nets import images, residual_net
 from tiny_recipe import write
+from torch import nn
 
 from edgekit import pipeline, verify
+from edgekit.compress.ptq import PTQ, quantize_model
+from edgekit.data import Data
 from edgekit.errors import FirmwareFault, FormatError, InputError, UnsupportedError
 from edgekit.frozen import FrozenProgram
 from edgekit.recipe import Verify
@@ -54,9 +57,14 @@ def test_residual_networks_run_as_their_reference_says(core: str, tmp_path: Path
         firmware_equals_reference(core, residual_net(bits), tmp_path / str(bits), [images(3).numpy()])
 
 
+CORES = ("cortex-m0", "cortex-m3", "cortex-m4", "cortex-m7", "cortex-m33", "cortex-m55")
+CASES = [(core, "moves") for core in CORES] + [
+    (core, name) for core in ("cortex-m0", "cortex-m4", "cortex-m55") for name in ("borders", "residual2")
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("core", ["cortex-m0", "cortex-m3", "cortex-m4", "cortex-m7", "cortex-m33", "cortex-m55"])
-@pytest.mark.parametrize("name", ["moves", "borders", "residual2"])
+@pytest.mark.parametrize(("core", "name"), CASES)
 def test_every_operator_on_every_core(core: str, name: str, tmp_path: Path) -> None:
     program = {"moves": moves, "borders": borders, "residual2": lambda: residual_net(2)}[name]()
     g = torch.Generator().manual_seed(0)
@@ -264,6 +272,29 @@ def test_a_recipe_exports_and_verifies_firmware(tmp_path: Path) -> None:
         for run in ("run", "again")
     ]
     assert content[0] == content[1]
+
+
+def test_a_digits_network_keeps_its_accuracy_on_the_board(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("sklearn.datasets")
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    x, y = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2),
+        nn.Flatten(), nn.Linear(64, 10),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[:1200]), y[:1200]).backward()
+        optimizer.step()
+    made = quantize_model(model.eval(), Data(x[:256]), PTQ(weights="int8", observer="mse"), name="digits")
+    path = cortex_m.M4.lower(made, tmp_path / "model.c").path
+    test = x[1200:]
+    found = cortex_m.M4.run(path, [test.numpy()])[0].argmax(1)
+    frozen = made.run(test)[0].argmax(1).numpy()
+    right = [float((p == y[1200:].numpy()).mean()) for p in (found, frozen, model(test).argmax(1).numpy())]
+    assert right[2] > 0.85 and abs(right[0] - right[1]) < 0.01 and right[0] > right[2] - 0.02
 
 
 def test_targets_are_registered() -> None:

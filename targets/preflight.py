@@ -1,7 +1,7 @@
 """Before conversion: one sentence for each thing a target cannot take, instead of the converter's own failure.
 
-:func:`check_model` looks at a float program as ``torch.export`` captured it, :func:`check_program` at a frozen one, and
-:func:`edgekit.compress.explain.explain_export_error` at what ``torch.export`` raised when it captured nothing. What a target takes in float is the table
+:func:`check_model` looks at a float program as ``torch.export`` captured it, :func:`check_program` at a frozen one (what
+``torch.export`` raises when it captures nothing is :mod:`edgekit.compress.explain`'s). What a target takes in float is the table
 :data:`ACCEPTED`; what it takes as integers is the table of rules beside its lowering.
 """
 

@@ -1,6 +1,6 @@
 """The boards QEMU emulates and the cores they carry, as tables.
 
-A board names a machine of ``qemu-system-arm``; sizes are those the machine has. ``Core.flags`` are what ``arm-none-eabi-gcc`` needs.
+A board names a machine of ``qemu-system-arm``; sizes are those the machine has. ``Core.flags`` are the compiler's.
 """
 
 from __future__ import annotations
@@ -63,13 +63,37 @@ BOARDS: dict[str, Board] = {
     board.name: board
     for board in (
         Board("microbit", "cortex-m0", "micro:bit (nRF51822)", 0x00000000, 256 * KIB, 0x20000000, 16 * KIB, 16_000_000),
-        Board("mps2-an385", "cortex-m3", "Arm MPS2 AN385", 0x00000000, 4096 * KIB, 0x20000000, 4096 * KIB, 25_000_000, 0x40008000),
-        Board("mps2-an386", "cortex-m4", "Arm MPS2 AN386", 0x00000000, 4096 * KIB, 0x20000000, 4096 * KIB, 25_000_000, 0x40008000),
-        Board("mps2-an500", "cortex-m7", "Arm MPS2 AN500", 0x00000000, 4096 * KIB, 0x20000000, 4096 * KIB, 25_000_000, 0x40008000),
+        Board(
+            "mps2-an385", "cortex-m3", "Arm MPS2 AN385", 0x00000000, 4096 * KIB, 0x20000000, 4096 * KIB, 25_000_000, 0x40008000
+        ),
+        Board(
+            "mps2-an386", "cortex-m4", "Arm MPS2 AN386", 0x00000000, 4096 * KIB, 0x20000000, 4096 * KIB, 25_000_000, 0x40008000
+        ),
+        Board(
+            "mps2-an500", "cortex-m7", "Arm MPS2 AN500", 0x00000000, 4096 * KIB, 0x20000000, 4096 * KIB, 25_000_000, 0x40008000
+        ),
         Board("mps2-an505", "cortex-m33", "Arm MPS2 AN505", 0x10000000, 4096 * KIB, 0x38000000, 2048 * KIB, 20_000_000),
         Board("mps3-an547", "cortex-m55", "Arm MPS3 AN547", 0x10000000, 512 * KIB, 0x30000000, 512 * KIB, 32_000_000),
-        Board("netduinoplus2", "cortex-m4", "Netduino Plus 2 (STM32F405)", 0x08000000, 1024 * KIB, 0x20000000, 128 * KIB, 168_000_000),
-        Board("stm32vldiscovery", "cortex-m3", "STM32VLDISCOVERY (STM32F100)", 0x08000000, 128 * KIB, 0x20000000, 8 * KIB, 24_000_000),
+        Board(
+            "netduinoplus2",
+            "cortex-m4",
+            "Netduino Plus 2 (STM32F405)",
+            0x08000000,
+            1024 * KIB,
+            0x20000000,
+            128 * KIB,
+            168_000_000,
+        ),
+        Board(
+            "stm32vldiscovery",
+            "cortex-m3",
+            "STM32VLDISCOVERY (STM32F100)",
+            0x08000000,
+            128 * KIB,
+            0x20000000,
+            8 * KIB,
+            24_000_000,
+        ),
     )
 }
 """Board name, as in ``--device qemu:<board>``, to board."""

@@ -1,7 +1,7 @@
 """How many instructions a firmware executes: exact and the same on every run; an emulator knows no time, so none is given.
 
-The first way is a plugin of the emulator, built when it is needed, that counts each address. Where it cannot be built the total comes
-from the timer of a board under ``-icount`` (one instruction takes 64 ns there), and :attr:`Counts.note` says so.
+The first way is a plugin of the emulator, built when it is needed, that counts each address. Where it cannot be built the total
+comes from the timer of a board under ``-icount`` (one instruction takes 64 ns there), and :attr:`Counts.note` says so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,20 @@ SOURCE = Path(__file__).resolve().parent / "plugin.c"
 OUTSIDE = ("ek_main", "ek_input", "ek_output", "ek_exit")
 """Functions that end a mark's span: what follows their entry belongs to no layer."""
 
-COMPILER_LIBRARY = ("__aeabi_", "__gnu_", "__udiv", "__div", "__mod", "__umod", "__mul", "__add", "__sub", "__clz", "__fix", "__float")
+COMPILER_LIBRARY = (
+    "__aeabi_",
+    "__gnu_",
+    "__udiv",
+    "__div",
+    "__mod",
+    "__umod",
+    "__mul",
+    "__add",
+    "__sub",
+    "__clz",
+    "__fix",
+    "__float",
+)
 C_LIBRARY = ("memcpy", "memset", "memmove", "memcmp", "strlen")
 SHIFT = 6
 """``-icount shift=6``: 2^6 ns of virtual time an instruction."""
@@ -46,7 +59,7 @@ class Counts:
     marks: dict[str, int] = field(default_factory=dict)
     """By marked function: everything from an entry to the entry of the next mark, callees included, over all inferences."""
     entries: dict[str, int] = field(default_factory=dict)
-    """How often each marked function was entered."""
+    """How often each marked function was entered (a jump back to its very first instruction would count too)."""
 
     @property
     def library(self) -> int:
@@ -55,9 +68,7 @@ class Counts:
         return sum(n for name, n in self.functions.items() if name.startswith(names))
 
 
-def count(
-    firmware: Firmware, data: bytes = b"", marks: Sequence[str] = (), limit: float = 300.0, plugin: bool = True
-) -> Counts:
+def count(firmware: Firmware, data: bytes = b"", marks: Sequence[str] = (), limit: float = 300.0, plugin: bool = True) -> Counts:
     """Runs the firmware once and counts.
 
     Args:

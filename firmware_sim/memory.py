@@ -43,7 +43,9 @@ class Memory:
 
 def measure(firmware: Firmware) -> Memory:
     """Section sizes of the linked file, in bytes."""
-    listing = subprocess.run([find("arm-none-eabi-size"), "-A", "-d", firmware.elf], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        [find("arm-none-eabi-size"), "-A", "-d", firmware.elf], capture_output=True, text=True, check=True
+    ).stdout
     sizes: dict[str, int] = {}
     for line in listing.splitlines():
         fields = line.split()
@@ -65,7 +67,9 @@ def symbols(firmware: Firmware) -> list[tuple[int, int, str]]:
 
     Functions written in assembly may have no size; theirs reaches to the next one.
     """
-    listing = subprocess.run([find("arm-none-eabi-nm"), "-S", "--defined-only", firmware.elf], capture_output=True, text=True, check=True)
+    listing = subprocess.run(
+        [find("arm-none-eabi-nm"), "-S", "--defined-only", firmware.elf], capture_output=True, text=True, check=True
+    )
     found: dict[int, tuple[int, str]] = {}
     for line in listing.stdout.splitlines():
         fields = line.split()

@@ -53,7 +53,16 @@ def command(firmware: Firmware, extra: Sequence[str] = ()) -> list[str]:
     """The emulator's command line; its working folder holds in.bin and out.bin."""
     semihosting = ["-semihosting-config", "enable=on,target=native"]
     quiet = ["-display", "none", "-monitor", "none", "-serial", "null", "-nic", "none"]
-    return [find("qemu-system-arm"), "-M", firmware.board.name, *quiet, *semihosting, "-kernel", str(firmware.elf.resolve()), *extra]
+    return [
+        find("qemu-system-arm"),
+        "-M",
+        firmware.board.name,
+        *quiet,
+        *semihosting,
+        "-kernel",
+        str(firmware.elf.resolve()),
+        *extra,
+    ]
 
 
 def run(firmware: Firmware, data: bytes = b"", limit: float = 60.0, extra: Sequence[str] = ()) -> Result:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgekit.errors import EdgekitError, MissingTool, UnsupportedError
 from edgekit.firmware_sim.boards import CORES, Board
-from edgekit.firmware_sim.kernels import RUNTIME, SEMIHOST, SOURCES
+from edgekit.firmware_sim.kernels import HEADERS, RUNTIME, SEMIHOST, SOURCES
 
 __all__ = ["COMPILE_FLAGS", "LINK_FLAGS", "PACKAGES", "Firmware", "Project", "available", "build", "find"]
 
@@ -102,17 +106,47 @@ def build(project: Project, folder: Path) -> Firmware:
     folder.mkdir(parents=True, exist_ok=True)
     board = project.board
     script = folder / "link.ld"
-    memory = {"FLASH_BASE": board.flash_base, "FLASH_SIZE": board.flash_bytes, "RAM_BASE": board.ram_base, "RAM_SIZE": board.ram_bytes}
+    memory = {
+        "FLASH_BASE": board.flash_base,
+        "FLASH_SIZE": board.flash_bytes,
+        "RAM_BASE": board.ram_base,
+        "RAM_SIZE": board.ram_bytes,
+    }
     defines = [f"-D{name}={value:#x}" for name, value in memory.items()] + [f"-DSTACK_SIZE={project.stack_bytes}"]
     template = project.runtime / "link.ld.S"
     _call([compiler, "-E", "-P", "-undef", "-x", "c", *defines, str(template), "-o", str(script)], board)
     elf = folder / "firmware.elf"
-    sources = [*project.sources, *(project.runtime / name for name in (*SOURCES, SEMIHOST))]
-    command = [compiler, *CORES[board.core].flags, *COMPILE_FLAGS, project.optimize, *board.defines, *project.defines]
-    command += [f"-I{path}" for path in (project.runtime, *project.include)]
-    command += [*LINK_FLAGS, "-T", str(script), f"-Wl,-Map={folder / 'firmware.map'}", *map(str, sources), *LIBRARIES, "-o", str(elf)]
-    _call(command, board)
+    flags = (*CORES[board.core].flags, *COMPILE_FLAGS, project.optimize, *board.defines, *project.defines)
+    command = [compiler, *flags, *(f"-I{path}" for path in (project.runtime, *project.include))]
+    command += [*LINK_FLAGS, "-T", str(script), f"-Wl,-Map={folder / 'firmware.map'}"]
+    command += [str(path) for path in (*project.sources, *_runtime(project, flags))]
+    _call([*command, *LIBRARIES, "-o", str(elf)], board)
     return Firmware(project, elf)
+
+
+_compiled: dict[str, list[Path]] = {}
+_folder: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def _runtime(project: Project, flags: Sequence[str]) -> list[Path]:
+    """Objects of the runtime's files, compiled once a process for the same flags and the same text."""
+    names = [*SOURCES, SEMIHOST]
+    digest = hashlib.sha256("\n".join(flags).encode())
+    for name in (*HEADERS, *names):
+        digest.update((project.runtime / name).read_bytes())
+    key = digest.hexdigest()
+    if key not in _compiled:
+        if not _folder:
+            _folder.append(tempfile.TemporaryDirectory(prefix="edgekit-"))
+        folder = Path(_folder[0].name) / key
+        folder.mkdir(exist_ok=True)
+        objects = [folder / f"{Path(name).stem}.o" for name in names]
+        begin = [find("arm-none-eabi-gcc"), *flags, "-c"]
+        commands = [[*begin, str(project.runtime / name), "-o", str(made)] for name, made in zip(names, objects, strict=True)]
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
+            list(pool.map(lambda command: _call(command, project.board), commands))
+        _compiled[key] = objects
+    return _compiled[key]
 
 
 def _call(command: Sequence[str], board: Board) -> None:

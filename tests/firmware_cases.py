@@ -13,7 +13,7 @@ import firmware_reference as reference
 import numpy as np
 from hypothesis import strategies as st
 
-from edgekit.firmware_sim.boards import CORES, BOARDS
+from edgekit.firmware_sim.boards import BOARDS, CORES
 from edgekit.firmware_sim.kernels import conv2d_scratch, depthwise_scratch, linear_scratch
 from edgekit.firmware_sim.qemu import run
 from edgekit.firmware_sim.toolchain import Firmware, Project, build
@@ -38,7 +38,14 @@ class Case:
     in_place: bool = False
 
     def packed(self, kernel_set: str) -> bytes:
-        head = (OPERATIONS.index(self.operation), self.in_place, self.expected.nbytes, self.scratch(kernel_set), len(self.integers), len(self.arrays))
+        head = (
+            OPERATIONS.index(self.operation),
+            self.in_place,
+            self.expected.nbytes,
+            self.scratch(kernel_set),
+            len(self.integers),
+            len(self.arrays),
+        )
         parts = [struct.pack("<6I", *head), struct.pack(f"<{len(self.integers)}i", *self.integers)]
         for array in self.arrays:
             data = array.tobytes()
@@ -63,7 +70,9 @@ def check(built: Firmware, cases: list[Case], kernel_set: str | None = None) -> 
         at += want.size
         assert got.size == want.size, f"case {index}, {case.operation} {case.integers}: ended by {result.code:#x}, {result.fault}"
         wrong = np.flatnonzero(got != want)
-        assert not wrong.size, f"case {index}, {case.operation} {case.integers}: {wrong.size} of {want.size} bytes, first {wrong[0]}"
+        assert not wrong.size, (
+            f"case {index}, {case.operation} {case.integers}: {wrong.size} of {want.size} bytes, first {wrong[0]}"
+        )
     result.checked()
 
 
@@ -131,10 +140,17 @@ def conv2d(draw: Draw, depthwise: bool = False, size: int = 9) -> Case:
     if depthwise:
         groups = in_c
     stride, dilation = (pick(1, 1, 2, 3), pick(1, 1, 2)), (pick(1, 1, 2), pick(1, 1, 2))
-    pad = (0, 0) if pointwise else (draw(st.integers(0, kernel[0] * dilation[0] - 1)), draw(st.integers(0, kernel[1] * dilation[1] - 1)))
+    pad = (
+        (0, 0)
+        if pointwise
+        else (draw(st.integers(0, kernel[0] * dilation[0] - 1)), draw(st.integers(0, kernel[1] * dilation[1] - 1)))
+    )
     h, w = draw(st.integers(1, size)), draw(st.integers(1, size))
     # the far side may be padded by up to a window less one, whatever the near side is
-    most = [((h, w)[i] + pad[i] + (kernel[i] - 1) * dilation[i] - ((kernel[i] - 1) * dilation[i] + 1)) // stride[i] + 1 for i in (0, 1)]
+    most = [
+        ((h, w)[i] + pad[i] + (kernel[i] - 1) * dilation[i] - ((kernel[i] - 1) * dilation[i] + 1)) // stride[i] + 1
+        for i in (0, 1)
+    ]
     if pointwise:
         most = [((h, w)[i] - 1) // stride[i] + 1 for i in (0, 1)]
     out = (max(most[0] - pick(0, 0, 1), 1), max(most[1] - pick(0, 0, 1), 1))
@@ -215,7 +231,9 @@ def mul(draw: Draw) -> Case:
     low, high = draw(clamps())
     acc = (a.astype(np.int64) - a_zp) * (np.resize(b, a.shape).astype(np.int64) - b_zp)
     integers = (a.size, b_n, int(multiplier), int(shift), a_zp, b_zp, out_zp, low, high)
-    return Case("mul", integers, (a, b), reference.finish(acc, multiplier, shift, out_zp, low, high), in_place=draw(st.booleans()))
+    return Case(
+        "mul", integers, (a, b), reference.finish(acc, multiplier, shift, out_zp, low, high), in_place=draw(st.booleans())
+    )
 
 
 @st.composite
@@ -361,7 +379,9 @@ def scale(draw: Draw) -> Case:
 
 
 def everything(size: int = 9) -> st.SearchStrategy[list[Case]]:
-    """One or two cases of every kind."""
-    kinds = [conv2d(size=size), conv2d(depthwise=True, size=size), linear(), add(), mul(), requant(), simple(), softmax(), pool(size=size), mean(),
-             move(), scale()]  # fmt: skip
-    return st.lists(st.one_of(kinds), min_size=len(kinds), max_size=2 * len(kinds))
+    """Some cases of every kind."""
+    kinds = [
+        conv2d(size=size), conv2d(depthwise=True, size=size), linear(), add(), mul(), requant(), simple(), softmax(),
+        pool(size=size), mean(), move(), scale(),
+    ]  # fmt: skip
+    return st.lists(st.one_of(kinds), min_size=3 * len(kinds), max_size=3 * len(kinds))

@@ -9,7 +9,9 @@ Array = np.ndarray
 
 def requantize(acc: Array, multiplier: Array | int, shift: Array | int) -> Array:
     """gemmlowp: saturating rounding doubling high multiplication, then a rounding division by a power of two."""
-    acc, multiplier, shift = np.broadcast_arrays(np.asarray(acc, np.int64), np.asarray(multiplier, np.int64), np.asarray(shift, np.int64))
+    acc, multiplier, shift = np.broadcast_arrays(
+        np.asarray(acc, np.int64), np.asarray(multiplier, np.int64), np.asarray(shift, np.int64)
+    )
     product = (acc << np.maximum(shift, 0)) * multiplier
     high = (product + (1 << 30)) >> 31
     right = np.maximum(-shift, 0)
@@ -26,7 +28,6 @@ def conv2d(
     out: tuple[int, int], groups: int, in_zp: int,
 ) -> Array:  # fmt: skip
     """Accumulators (out_h, out_w, out_c) of x (h, w, in_c) and weight (out_c, kh, kw, in_c / groups); bias is not folded here."""
-    h, w, _ = x.shape
     out_c, kh, kw, n = weight.shape
     reach = [(out[i] - 1) * stride[i] + (weight.shape[1 + i] - 1) * dilation[i] + 1 for i in (0, 1)]
     after = [max(reach[i] - x.shape[i] - pad[i], 0) for i in (0, 1)]
@@ -56,8 +57,8 @@ def pack(weights: Array, bits: int) -> Array:
 
 
 def average_pool(
-    x: Array, kernel: tuple[int, int], stride: tuple[int, int], pad: tuple[int, int, int, int], out: tuple[int, int], include: bool,
-    in_zp: int,
+    x: Array, kernel: tuple[int, int], stride: tuple[int, int], pad: tuple[int, int, int, int], out: tuple[int, int],
+    include: bool, in_zp: int,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Sums (out_h, out_w, c) of x - in_zp over windows, and the divisor (out_h, out_w) of each. pad: top, left, bottom, right."""
     h, w, c = x.shape
@@ -69,13 +70,20 @@ def average_pool(
             real = x[np.ix_([r for r in rows if 0 <= r < h], [q for q in cols if 0 <= q < w])].astype(np.int64) - in_zp
             sums[i, j] = real.sum((0, 1))
             divisors[i, j] = (
-                sum(r < h + pad[2] for r in rows) * sum(q < w + pad[3] for q in cols) if include else real.shape[0] * real.shape[1]
+                sum(r < h + pad[2] for r in rows) * sum(q < w + pad[3] for q in cols)
+                if include
+                else real.shape[0] * real.shape[1]
             )
     return sums, divisors
 
 
 def max_pool(
-    x: Array, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int], pad: tuple[int, int], out: tuple[int, int]
+    x: Array,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    pad: tuple[int, int],
+    out: tuple[int, int],
 ) -> Array:
     h, w, c = x.shape
     y = np.full((*out, c), -128, np.int8)

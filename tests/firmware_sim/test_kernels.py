@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import firmware_cases as cases
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -13,8 +11,9 @@ from edgekit.firmware_sim.boards import BOARDS
 from edgekit.firmware_sim.toolchain import Firmware
 
 CORES = ("microbit", "mps2-an385", "mps2-an386", "mps2-an500", "mps2-an505", "mps3-an547")
-MANY = settings(max_examples=2, phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck))
-FEW = settings(MANY, max_examples=1)
+# The first example of hypothesis is the simplest one and tests little; a whole batch of cases is one example.
+MANY = settings(max_examples=3, phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck))
+FEW = settings(MANY, max_examples=2)
 
 
 @pytest.fixture(scope="module")

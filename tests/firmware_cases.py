@@ -104,12 +104,15 @@ def requantizers(draw: Draw, rng: np.random.Generator, bound: np.ndarray) -> tup
     multiplier = rng.integers(1 << 30, 1 << 31, n)
     aim = np.log2(np.maximum(bound, 1)) - rng.uniform(6, 11, n)
     shift = -np.round(aim).astype(np.int64)
-    kind = draw(st.sampled_from(("fill", "fill", "fill", "largest", "extremes")))
+    kind = draw(st.sampled_from(("fill", "fill", "fill", "largest", "extremes", "right")))
     if kind == "largest":
         multiplier[:] = (1 << 31) - 1
     if kind == "extremes":
         shift = rng.choice([-31, -1, 0, 1, 8], n)
         multiplier = rng.choice([0, 1 << 30, (1 << 31) - 1], n)
+    if kind == "right":  # all to the right, some further than the kernels' short way goes
+        shift = rng.choice([-31, -17, -16, -1], n, p=[0.2, 0.2, 0.3, 0.3])
+        multiplier = rng.choice([1 << 30, 3 << 29, (1 << 31) - 1], n)  # the first two meet ties
     most = np.floor(np.log2(((1 << 30) - 1) / np.maximum(bound, 1))).astype(np.int64)
     shift = np.clip(shift, -31, np.minimum(8, most))
     return multiplier.astype(np.int32), shift.astype(np.int8)

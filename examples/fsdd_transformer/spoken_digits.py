@@ -101,7 +101,7 @@ def train(seed: int = 0, epochs: int = 30) -> nn.Module:
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in range(epochs):
-        for part in torch.randperm(len(x)).split(64):
+        for part in torch.split(torch.randperm(len(x)), 64):
             shifted = torch.roll(x[part], int(torch.randint(-2, 3, ())), 1)
             optimizer.zero_grad()
             torch.autograd.backward(F.cross_entropy(model(shifted), y[part], label_smoothing=0.1))

@@ -57,7 +57,7 @@ def images96(calibration: int = 256, judged: int = 500) -> Data:
 
     x = enlarge(pixels("x_test")[:judged])
     with torch.no_grad():
-        y = torch.cat([mobilenet()(part).argmax(1) for part in x.split(50)])
+        y = torch.cat([mobilenet()(part).argmax(1) for part in torch.split(x, 50)])
     return Data(calibration=enlarge(pixels("x_train")[:calibration]), evaluation=(x, y), metric=agreement_with_float)
 
 

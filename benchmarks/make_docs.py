@@ -46,7 +46,7 @@ def ptq(rows: Sequence[Row]) -> str:
             chosen = [r for r in mine if r["weight_bits"] == bits]
             if chosen:
                 lines += ["", f"{bits}-bit weights{', first and last layer 8' if bits == 4 else ''}, 8-bit activations:", ""]
-                lines += _ptq_table(chosen)
+                lines += _ptq_table(chosen) + _behind(chosen)
     return "\n".join(lines)
 
 
@@ -74,8 +74,24 @@ def _ptq_table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _behind(rows: Sequence[Row]) -> list[str]:
+    """Where another tool's file of the same format, weight bits and seed is more accurate or smaller than ours."""
+    found = []
+    for mine in (r for r in rows if r["variant"] == "edgekit" and r["seed"] == 0):
+        others = [
+            r for r in rows if r["target"] == mine["target"] and r["variant"] != "edgekit" and "accuracy" in r and not r["seed"]
+        ]
+        for key, better in (("accuracy", max), ("bytes", min)):
+            best = better(others, key=lambda r: r[key], default=None)
+            if best is not None and better(best[key], mine[key]) != mine[key]:
+                gap = f"{abs(best[key] - mine[key]):.1f} points" if key == "accuracy" else f"{mine[key] - best[key]:,} bytes"
+                words = "less accurate" if key == "accuracy" else "larger"
+                found.append(f"Behind: {mine['target']}, {gap} {words} than {best['variant']}.")
+    return ["", *found] if found else []
+
+
 def _detail(row: Row) -> str:
-    parts = [row[k] for k in ("remarks", "input") if k in row]
+    parts = [row[k] for k in ("remarks", "input", "settings") if k in row]
     if row.get("storage"):
         parts.append("weights " + " and ".join(row["storage"]))
     if "macs" in row:
@@ -107,7 +123,17 @@ def latency(rows: Sequence[Row]) -> str:
             ratio,
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *_remarks(rows)])
+    return "\n".join([*lines, *_slower(rows), *_remarks(rows)])
+
+
+def _slower(rows: Sequence[Row]) -> list[str]:
+    """Every group in which a file of another tool is faster."""
+    found = []
+    for r in rows:
+        if r.get("latency_ratio", 0) > r.get("latency_ratio_bound", 1):
+            where = f"{TITLES[r['model']]}, int{r['weight_bits']}, {r['target']}"
+            found.append(f"* Slower: {where}: {r['latency_ratio']:.2f} times {r['latency_ratio_to']}.")
+    return ["", *found] if found else []
 
 
 _LATENCY = """

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ class Subject:
 
     def accuracy(self, outputs: np.ndarray) -> float:
         """Percent."""
-        return 100 * float((outputs.reshape(len(self.y), -1).argmax(1) == self.y.numpy()).mean())
+        return round(100 * float((outputs.reshape(len(self.y), -1).argmax(1) == self.y.numpy()).mean()), 4)
 
 
 def subject(name: str, seed: int = 0, samples: int | None = None) -> Subject:
@@ -66,20 +68,47 @@ def subject(name: str, seed: int = 0, samples: int | None = None) -> Subject:
     return Subject(name, source.load_model(settings.model), calibration, x[:samples], y[:samples])
 
 
+@lru_cache
+def settings_of(name: str, bits: int) -> recipe.Recipe:
+    """The example's recipe, read once: a file that is edited meanwhile must not change half of a run's rows."""
+    return recipe.load(ROOT / "examples" / RECIPES[name][bits == 4])
+
+
+def in_words(name: str, bits: int) -> str:
+    """The settings of the recipe that are not the defaults."""
+    words = []
+    for block in settings_of(name, bits).compress:
+        plain = type(block.settings)()
+        for field in dataclasses.fields(plain):
+            value = getattr(block.settings, field.name)
+            if value != getattr(plain, field.name):
+                words.append(f"{field.name} {value}")
+    return ", ".join(words) or "defaults"
+
+
 def compressed(net: Subject, bits: int, seed: int = 0) -> FrozenProgram:
     """The frozen program that the example's recipe makes of the network; ``bits`` of the weights, 8 or 4."""
-    settings = recipe.replace(recipe.load(ROOT / "examples" / RECIPES[net.name][bits == 4]), seed=seed)
+    settings = recipe.replace(settings_of(net.name, bits), seed=seed)
     data = source.load_data(settings.data)
     made = apply(net.model, settings.compress, type(data)(calibration=net.calibration), name=net.name)
     return made.program
 
 
-def write(name: str, rows: Sequence[Mapping[str, Any]], notes: Iterable[str] = ()) -> None:
-    """Write ``results/<name>.json``."""
-    command = " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
+KEY = ("model", "variant", "target", "weight_bits", "seed")
+
+
+def write(name: str, rows: Sequence[Mapping[str, Any]], notes: Iterable[str] = (), keep: bool = False) -> None:
+    """Write ``results/<name>.json``; ``keep``: earlier rows of other models, bits or seeds stay, and so does their command."""
+    command, path = " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]), RESULTS / f"{name}.json"
+    if keep and path.is_file():
+        earlier = json.loads(path.read_text())
+        new = {tuple(r.get(k) for k in KEY): r for r in rows}
+        merged = [new.pop(tuple(r.get(k) for k in KEY), r) for r in earlier["rows"]]
+        rows = [*merged, *new.values()]
+        command = earlier["command"] if earlier["command"].endswith(command) else f"{earlier['command']}; then {command}"
     known = {**environment.describe(), "threads": 1}
     value = {"rows": list(rows), "environment": known, "command": command, "notes": list(notes)}
-    write_json(RESULTS / f"{name}.json", json.loads(json.dumps(value, default=float)))
+    write_json(path, json.loads(json.dumps(value, default=float)))
 
 
 def arguments(what: str, **more: Any) -> argparse.Namespace:

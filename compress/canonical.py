@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["ATEN", "arguments", "canonicalize", "pair"]
 
@@ -35,7 +36,16 @@ _END = 9223372036854775807  # torch's "to the end"
 
 def canonicalize(module: fx.GraphModule) -> None:
     """Rewrite ``module`` in place; see the table above."""
-    for rewrite in (_remove_identities, _explicit_same_padding, _one_dimensional, _fold_batch_norm, _merge_padding, _spell):
+    for rewrite in (
+        _remove_identities,
+        _explicit_same_padding,
+        _one_dimensional,
+        _fold_batch_norm,
+        _lower_squeeze,
+        _merge_padding,
+        _spell,
+        _lower_squeeze,
+    ):
         for node in list(module.graph.nodes):
             if node.op == "call_function" and node.graph is module.graph and not node._erased:
                 rewrite(module, node)
@@ -49,10 +59,27 @@ def canonicalize(module: fx.GraphModule) -> None:
 def _replace(node: fx.Node, build: Callable[[fx.Graph], fx.Node]) -> None:
     with node.graph.inserting_before(node):
         new = build(node.graph)
-    for made in _between(new, node):
-        made.meta = {**node.meta, **{k: v for k, v in made.meta.items() if k == "val"}}
+    for made in reversed(_between(new, node)):
+        made.meta = {**node.meta, "val": node.meta.get("val") if made is new else _traced_value(made)}
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
+
+
+def _traced_value(node: fx.Node) -> Any:
+    """The fake value of an inserted node, from those of its arguments."""
+
+    def value(n: fx.Node) -> Any:
+        if "val" in n.meta:
+            return n.meta["val"]
+        assert n.op == "get_attr" and n.graph.owning_module is not None
+        return mode.from_tensor(_tensor(n.graph.owning_module, str(n.target)))
+
+    fake = next(n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), FakeTensor))
+    mode = fake.fake_mode
+    arguments = fx.map_arg(node.args, value)
+    target: Any = node.target
+    with mode:
+        return target(*arguments)
 
 
 def _between(last: fx.Node, before: fx.Node) -> list[fx.Node]:
@@ -121,6 +148,8 @@ def _one_dimensional(module: fx.GraphModule, node: fx.Node) -> None:
             value = _tensor(module, name)
             if value.dim() == 3:
                 _assign(module, name, value.unsqueeze(2))
+                if "val" in weight.meta:
+                    weight.meta["val"] = weight.meta["val"].unsqueeze(2)
             y = graph.call_function(
                 ATEN.conv2d.default, (x, weight, bias, lift(stride, 1), lift(padding, 0), lift(dilation, 1), groups)
             )
@@ -230,6 +259,11 @@ def _spell(module: fx.GraphModule, node: fx.Node) -> None:
             _replace(node, lambda g: _spatial_mean(g, x, shape[1]))
         else:
             node.args = (x, [2, 3], True)
+    elif target == ATEN.mean.dim and len(shape) == 3 and [int(d) % 3 for d in node.args[1]] == [2]:  # type: ignore[union-attr, arg-type]
+        keep = len(node.args) > 2 and bool(node.args[2])
+        _replace(node, lambda g: _mean_over_time(g, x, shape[1], keep))
+    elif target == ATEN.adaptive_avg_pool1d.default and list(node.args[1]) == [1]:  # type: ignore[arg-type]
+        _replace(node, lambda g: _mean_over_time(g, x, shape[1], True))
     elif target in (ATEN.flatten.using_ints, ATEN.view.default, ATEN._unsafe_view.default):
         _replace(node, lambda g: g.call_function(ATEN.reshape.default, (x, _view_shape(node, shape))))
     elif target in (ATEN.transpose.int, ATEN.t.default):
@@ -247,6 +281,30 @@ def _dims(node: fx.Node) -> list[int]:
 def _spatial_mean(graph: fx.Graph, x: fx.Node, channels: int) -> fx.Node:
     mean = graph.call_function(ATEN.mean.dim, (x, [2, 3], True))
     return graph.call_function(ATEN.reshape.default, (mean, [-1, channels]))
+
+
+def _mean_over_time(graph: fx.Graph, x: fx.Node, channels: int, keep: bool) -> fx.Node:
+    lifted = graph.call_function(ATEN.unsqueeze.default, (x, 2))
+    mean = graph.call_function(ATEN.mean.dim, (lifted, [2, 3], True))
+    return graph.call_function(ATEN.reshape.default, (mean, [-1, channels, 1] if keep else [-1, channels]))
+
+
+def _lower_squeeze(module: fx.GraphModule, node: fx.Node) -> None:
+    """Move the squeeze of a 1-d layer behind the activation that follows it, and cancel it against the next layer's unsqueeze."""
+    x = node.args[0] if node.args else None
+    if not isinstance(x, fx.Node) or x.target != ATEN.squeeze.dim or x.args[1] != 2:
+        return
+    source = x.args[0]
+    if node.target == ATEN.unsqueeze.default and node.args[1] == 2:
+        node.replace_all_uses_with(source)  # type: ignore[arg-type]
+    elif node.target in (ATEN.relu.default, ATEN.hardtanh.default, ATEN.relu6.default) and len(x.users) == 1:
+        target: Any = node.target
+        rest = node.args[1:]
+
+        def build(graph: fx.Graph) -> fx.Node:
+            return graph.call_function(ATEN.squeeze.dim, (graph.call_function(target, (source, *rest)), 2))
+
+        _replace(node, build)
 
 
 def _view_shape(node: fx.Node, shape: list[int]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -15,6 +17,7 @@ from edgekit.compress.ptq.plan import Batches, Plan, make_plan
 from edgekit.compress.ptq.settings import PTQ, QAT, Quantization, bits_of
 from edgekit.compress.ptq.units import find_units
 from edgekit.data import Data, batches, sample_inputs
+from edgekit.errors import InputError
 from edgekit.frozen import FrozenProgram
 
 __all__ = ["Progress", "calibration_stream", "quantize", "quantize_model", "train"]
@@ -41,6 +44,7 @@ def quantize(
 
         graph, equalized = equalize(graph)
         changes = dict.fromkeys(equalized, "equalized")
+    check_patterns(graph, settings)
     units, unquantized = find_units(graph, settings.skip, bits_of(settings.activations))
     made = make_plan(graph, units, unquantized, settings, calibration_stream(graph, settings, data, progress))
     made = _improve(graph, made, settings, calibration_stream(graph, settings, data), progress)
@@ -48,6 +52,16 @@ def quantize(
         steps = [f"weights int{w.bits}, {settings.method}", *(["bias corrected"] if settings.bias_correction else [])]
         changes[name] = ", ".join([*steps, *([changes[name]] if name in changes else [])])
     return graph, replace(made, changes=changes)
+
+
+def check_patterns(graph: Graph, settings: Quantization) -> None:
+    """Raise InputError for a pattern of ``scopes`` or ``skip`` that fits no layer."""
+    names = sorted(set(graph.names.values()))
+    for key, patterns in (("scopes", tuple(settings.scopes)), ("skip", settings.skip)):
+        for pattern in patterns:
+            if not any(re.fullmatch(pattern, name) for name in names):
+                close = difflib.get_close_matches(pattern, names, 3, 0.3) or names[:5]
+                raise InputError(f"{key}: {pattern!r} fits no layer of the model; layers are called {', '.join(close)}, ...")
 
 
 def _improve(graph: Graph, plan: Plan, settings: PTQ, stream: Batches, progress: Progress | None) -> Plan:
@@ -79,6 +93,7 @@ def train(
 
     torch.manual_seed(settings.seed)
     if plan is None:
+        check_patterns(graph, settings)
         units, unquantized = find_units(graph, settings.skip, bits_of(settings.activations))
         plan = make_plan(graph, units, unquantized, settings, calibration_stream(graph, settings, data, progress))
     plan = train_plan(graph, plan, settings, data, _labelled(progress, "train"))

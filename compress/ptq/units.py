@@ -7,6 +7,7 @@ from end to end and a transformer keeps its normalizations, attention products a
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ _NO_ARITHMETIC = {
     ATEN.reshape.default, ATEN.permute.default, ATEN.slice.Tensor, ATEN.unsqueeze.default, ATEN.squeeze.dim, ATEN.squeeze.dims,
     ATEN.select.int, ATEN.pad.default, ATEN.constant_pad_nd.default, ATEN.expand.default, ATEN.cat.default, ATEN.split.Tensor,
     ATEN.split_with_sizes.default, ATEN.chunk.default, ATEN.unbind.int, ATEN.sym_size.int, ATEN.arange.default, ATEN.full.default,
+    ATEN.zeros.default, ATEN.ones.default,
 }  # fmt: skip
 
 
@@ -100,9 +102,13 @@ def find_units(graph: Graph, skip: Sequence[str] = (), bits: int = 8) -> tuple[t
     unquantized = [
         Unquantized(graph.names[n.name], _short(n), reason)
         for n, reason in reasons.items()
-        if n.target not in _NO_ARITHMETIC and isinstance(n.meta.get("val"), Tensor)
+        if n.target not in _NO_ARITHMETIC and n.target is not operator.getitem and _has_tensor(n.meta.get("val"))
     ]
     return tuple(kept), tuple(unquantized)
+
+
+def _has_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (isinstance(value, tuple | list) and any(isinstance(v, Tensor) for v in value))
 
 
 def _short(node: fx.Node) -> str:

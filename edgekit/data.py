@@ -12,8 +12,10 @@ A *source* is one of:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
+import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +102,7 @@ def sample_inputs(model: nn.Module, data: Data) -> tuple[Tensor, ...]:
 
 def fingerprint(data: Data, seed: int = 0) -> str:
     """SHA-256 over every value of every source, streamed; the torch seed is set meanwhile so that a shuffling loader repeats."""
-    total = hashlib.sha256(repr(data.metric if isinstance(data.metric, str) else data.metric.__qualname__).encode())
+    total = hashlib.sha256(_metric_text(data.metric).encode())
     for name in ("calibration", "evaluation", "training"):
         source = getattr(data, name)
         if source is None:
@@ -115,6 +117,22 @@ def fingerprint(data: Data, seed: int = 0) -> str:
                     total.update(f"{name}{tensor.dtype}{tuple(tensor.shape[1:])}".encode())
                     total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def _metric_text(metric: Any) -> str:
+    """What tells one metric from another: its name, or the code, constants and bound values of a function."""
+    if isinstance(metric, str):
+        return metric
+    if isinstance(metric, functools.partial):
+        return f"partial {_metric_text(metric.func)} {metric.args!r} {sorted(metric.keywords.items())!r}"
+    code = getattr(metric, "__code__", None) or getattr(type(metric).__dict__.get("__call__"), "__code__", None)
+    if code is None:
+        return repr(metric)
+    closure = [repr(c.cell_contents) for c in getattr(metric, "__closure__", None) or ()]
+    constants = [c.co_code.hex() if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    return (
+        f"{code.co_qualname} {code.co_code.hex()} {constants} {code.co_names} {closure} {getattr(metric, '__defaults__', None)!r}"
+    )
 
 
 def _raw(source: Source, batch_size: int, what: str) -> Iterable[Any]:

@@ -90,7 +90,7 @@ def _tiles(parity: Parity, program: FrozenProgram) -> list[dict[str, str]]:
         tiles.append({"label": f"{parity.metric} of the files", "value": shown, "note": note, "how": "measured"})
     sizes = [s.bytes for s in files_ if s.bytes is not None]
     if sizes:
-        ratio = f"{source.bytes / min(sizes):.1f}× smaller than the float weights" if source and source.bytes else ""
+        ratio = _times_smaller(source.bytes, min(sizes)) if source and source.bytes else ""
         tiles.append({"label": "smallest file", "value": _size(min(sizes)), "note": ratio, "how": "measured"})
     checked = [layer for a in parity.artifacts for layer in a.layers]
     within = sum(layer.within for layer in checked)
@@ -304,6 +304,13 @@ def _fixed(value: float | None, digits: int = 2) -> str:
 
 def _lsb(value: float) -> str:
     return "not a number" if value >= HUGE else f"{value:.0f}" if value == round(value) else f"{value:.3g}"
+
+
+def _times_smaller(before: int, after: int) -> str:
+    """How a file compares with the float weights, in words."""
+    if after > before:
+        return f"{after / before:.1f}× as large as the float weights"
+    return f"{before / after:.1f}× smaller than the float weights"
 
 
 def _size(value: float) -> str:

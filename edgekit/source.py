@@ -46,12 +46,36 @@ def load_model(spec: str, seed: int = 0) -> nn.Module:
     if spec.endswith(".pt2"):
         from edgekit.frozen import read_exported
 
-        module: nn.Module = read_exported(Path(spec)).module(check_guards=False)
-        return module
+        return _Exported(read_exported(Path(spec)).module(check_guards=False), spec)
     model = _call(_factory(spec), spec, seed, ModelError)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{_name(spec)} returned {type(model).__name__}; expected a torch.nn.Module")
     return model.cpu().eval()
+
+
+class _Exported(nn.Module):
+    """A float ``.pt2`` as an ordinary module; one that was exported for a batch of one runs sample by sample."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__()
+        for verb in ("train", "eval"):  # torch.export puts functions there that raise
+            module.__dict__.pop(verb, None)
+        self.module = module
+        graph: Any = module.graph
+        self.graph = graph
+        sizes = [n.meta["val"].shape[0] for n in graph.nodes if n.op == "placeholder" and n.meta["val"].dim()]
+        fixed = {s for s in sizes if isinstance(s, int)}
+        if fixed - {1}:
+            raise ModelError(f"{name}: exported for a batch of {max(fixed)}; export it for one sample or a free batch size")
+        self.one_by_one = bool(fixed)
+
+    def forward(self, *xs: Tensor) -> Any:
+        if not self.one_by_one or len(xs[0]) == 1:
+            return self.module(*xs)
+        results = [self.module(*(x[i : i + 1] for x in xs)) for i in range(len(xs[0]))]
+        if isinstance(results[0], Tensor):
+            return torch.cat(results)
+        return tuple(torch.cat(column) for column in zip(*results, strict=True))
 
 
 def load_data(spec: str, seed: int = 0) -> Data:

@@ -47,7 +47,9 @@ def coverage(file: PteFile, program: FrozenProgram, placement: Placement) -> tup
     for (kind, delegated), ops in others.items():
         where = "float32, in the XNNPACK delegate" if delegated else "kernel outside of a delegate"
         macs = sum(_product_macs(file, op, producers) for op in ops)
-        rows.append(Coverage(kind, kind, "delegated" if delegated else "float", macs, note=f"{len(ops)} times, {where}"))
+        rows.append(
+            Coverage(kind, kind, "float" if macs or not delegated else "delegated", macs, note=f"{len(ops)} times, {where}")
+        )
     return tuple(rows)
 
 

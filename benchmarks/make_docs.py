@@ -132,7 +132,9 @@ def _slower(rows: Sequence[Row]) -> list[str]:
     for r in rows:
         if r.get("latency_ratio", 0) > r.get("latency_ratio_bound", 1):
             where = f"{TITLES[r['model']]}, int{r['weight_bits']}, {r['target']}"
-            found.append(f"* Slower: {where}: {r['latency_ratio']:.2f} times {r['latency_ratio_to']}.")
+            found.append(
+                f"* Slower: {where}: {r['latency_ratio']:.2f} times {r['latency_ratio_to']}{_quartiles(r, 'latency_ratio')}."
+            )
     return ["", *found] if found else []
 
 
@@ -168,8 +170,15 @@ def _plain(title: str, text: str, rows: Sequence[Row], columns: Mapping[str, str
     lines = [title, "", text, "", "| " + " | ".join([*columns.values(), label]) + " |", "|---" * (len(columns) + 1) + "|"]
     for r in rows:
         cells = [str(TITLES.get(r[c], r[c])) for c in columns]
-        lines.append("| " + " | ".join([*cells, _bounded(r[key], r[bound], "{:.2f}", least=False)]) + " |")
+        ratio_text = _bounded(r[key], r[bound], "{:.2f}", least=False) + _quartiles(r, key)
+        lines.append("| " + " | ".join([*cells, ratio_text]) + " |")
     return "\n".join([*lines, *_remarks(rows)])
+
+
+def _quartiles(row: Row, key: str) -> str:
+    """ " (quartiles 0.98 to 1.03)" where the row has them."""
+    found = row.get(f"{key}_quartiles")
+    return f" (quartiles of the rounds {found[0]:.2f} to {found[1]:.2f})" if found else ""
 
 
 def _bounded(value: float, bound: float | None, form: str, least: bool) -> str:

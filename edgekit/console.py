@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ def print_outcome(outcome: Outcome) -> None:
         print_table(f"{outcome.parity.program}: {outcome.parity.samples} samples", ["stage", *columns], rows)
         for breach in outcome.parity.breaches:
             error(breach)
+    for message in shortfalls(outcome.folder):
+        warning(message)
     files = sorted(p for p in outcome.folder.iterdir() if p.name.startswith(("model.", "frozen.", "report.")))
     for path in files:
         parts = path.rglob("*") if path.is_dir() else [path]
@@ -83,6 +86,35 @@ def print_outcome(outcome: Outcome) -> None:
     _print(sys.stdout, "[dim]", took)
     if outcome.parity is not None and outcome.ok:
         _print(sys.stdout, "[bold green]", "every file computes what the frozen program computes")
+
+
+def shortfalls(folder: Path) -> list[str]:
+    """Sentences on what of a run is less than was asked for: operators in float, weights stored wider, float made integer."""
+    from edgekit.frozen import load
+
+    frozen = folder / "frozen.pt2"
+    if not frozen.is_file():
+        return []
+    program = load(frozen)
+    bits = {layer.name: layer.weight_bits for layer in program.layers}
+    found: list[str] = []
+    if program.unquantized:
+        shown = ", ".join(f"{u.layer} ({u.op})" for u in program.unquantized[:4]) + (
+            ", ..." if len(program.unquantized) > 4 else ""
+        )
+        count = len(program.unquantized)
+        found.append(f"{count} operators stay in float: {shown}; `edgekit describe {frozen}` gives the reasons")
+    for path in sorted(folder.glob("export_*.json")):
+        facts = json.loads(path.read_text())
+        rows, target = facts["coverage"], facts["target"]
+        wider = [r for r in rows if r["storage"].startswith("int") and int(r["storage"][3:]) > (bits.get(r["layer"]) or 8)]
+        if wider:
+            found.append(f"{target}: {len(wider)} layers with weights below 8 bits are stored as {wider[0]['storage']}")
+        total, real = sum(r["macs"] for r in rows), sum(r["macs"] for r in rows if r["runs"] == "float")
+        if real:
+            found.append(f"{target}: {100 * real / total:.3g} % of the multiply-accumulates run in float")
+        found += [f"{target}: {note}" for note in facts["notes"] if "became int8" in note]
+    return found
 
 
 def size(count: int) -> str:

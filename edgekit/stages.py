@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgekit.data import Data, batches
+from edgekit.data import Data, batches, first_sample
 from edgekit.errors import DataError, FormatError, ModelError
 from edgekit.files import write_whole
 from edgekit.frozen import FrozenProgram
@@ -146,6 +146,13 @@ def evaluation_set(data: Data, inputs: int = 1) -> Evaluation:
     tensors = tuple(torch.as_tensor(t) for t in (x if isinstance(x, tuple | list) else (x,)))
     for _ in batches(tensors, 256, what="evaluation"):  # checks every value
         pass
+    sample = first_sample(data.calibration, inputs=inputs, what="calibration")
+    for i, (t, c) in enumerate(zip(tensors, sample, strict=False)):
+        if t.shape[1:] != c.shape[1:]:
+            given, wanted = tuple(t.shape[1:]), tuple(c.shape[1:])
+            raise DataError(
+                f"evaluation: samples of input {i} have shape {given}, those of calibration {wanted}; they must be equal"
+            )
     labels = None if y is None else np.asarray(torch.as_tensor(y))
     if labels is not None and len(labels) != len(tensors[0]):
         raise DataError(f"evaluation: {len(tensors[0])} inputs and {len(labels)} labels; they must have the same number")

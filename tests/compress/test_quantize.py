@@ -15,7 +15,7 @@ from edgekit.compress.ptq.freeze import bias_integers
 from edgekit.compress.ptq.plan import weight_scale
 from edgekit.compress.ptq.units import find_units
 from edgekit.data import Data
-from edgekit.errors import DataError, ModelError
+from edgekit.errors import DataError, InputError, ModelError
 from edgekit.frozen import FrozenProgram
 
 CNNS = [Modules, Functional, Waves, PreActivation]
@@ -177,3 +177,41 @@ def test_units_say_why_a_layer_stays_float() -> None:
     graph = capture(Odd(), (torch.randn(1, 3, 8, 8),))
     _, left = find_units(graph)
     assert {(u.op, u.reason) for u in left} == {("cumsum", "cumsum has no integer form"), ("mul", "one operand is a constant")}
+
+
+def test_patterns_that_fit_no_layer_are_refused() -> None:
+    model, x = build(Modules)
+    for settings in ({"scopes": {r"features\.60": "int4"}}, {"skip": ("heads.3",)}):
+        with pytest.raises(InputError, match=r"fits no layer of the model; layers are called .*(features\.6|head\.3)"):
+            quantize_model(model, Data(x), PTQ(**settings))
+
+
+def test_a_mean_over_time_is_integer_and_a_1d_layer_keeps_its_relu() -> None:
+    class Sensor(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.fc = nn.Conv1d(3, 8, 3), nn.Conv1d(8, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(torch.relu(self.b(torch.relu(self.a(x)))).mean(-1))
+
+    torch.manual_seed(0)
+    model, x = Sensor().eval(), torch.randn(32, 3, 32)
+    program = quantize_model(model, Data(x))
+    assert program.unquantized == ()
+    kinds = ["quantize", "qreshape", "qconv2d", "qconv2d", "qmean", "qreshape", "qlinear", "dequantize"]
+    assert [n.op for n in program.layers] == kinds
+    assert program.layer("a").args["activation"] == program.layer("b").args["activation"] == "relu"
+
+
+def test_an_lstm_is_listed_as_float() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.fc = nn.LSTM(3, 8, batch_first=True), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.lstm(x)[0][:, -1])
+
+    program = quantize_model(Recurrent().eval(), Data(torch.randn(8, 6, 3)))
+    assert [u.op for u in program.unquantized] == ["lstm"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from edgekit import source
-from edgekit.data import Data, sample_inputs
+from edgekit.compress.ptq import quantize_model
+from edgekit.data import Data, fingerprint, sample_inputs
 from edgekit.errors import DataError, FormatError, InputError, ModelError
 
 MODEL = """
@@ -127,3 +129,30 @@ def test_the_sample_leaves_labels_out() -> None:
     x = torch.randn(5, 3)
     (found,) = sample_inputs(Scaled(1.0), Data((x, torch.arange(5))))
     assert torch.equal(found, x[:1])
+
+
+@pytest.mark.parametrize("free", [False, True])
+def test_a_float_pt2_is_an_ordinary_model(tmp_path: Path, free: bool) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(144, 5)).eval()
+    x = torch.randn(6, 3, 8, 8)
+    shapes = ({0: torch.export.Dim.AUTO},) if free else None
+    torch.export.save(torch.export.export(model, (x[: 2 if free else 1],), dynamic_shapes=shapes), tmp_path / "m.pt2")
+    loaded = source.load_model(str(tmp_path / "m.pt2"))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(x), model(x))
+    program = quantize_model(loaded, Data(x))
+    assert program.unquantized == () and float((program.run(x)[0].argmax(1) == model(x).argmax(1)).float().mean()) > 0.8
+
+
+def test_a_metric_is_told_from_another_by_its_code() -> None:
+    def metric(outputs: torch.Tensor, y: torch.Tensor) -> float:
+        return 1.0
+
+    first = fingerprint(Data(torch.ones(2, 3), metric=metric))
+
+    def metric(outputs: torch.Tensor, y: torch.Tensor) -> float:  # type: ignore[no-redef]
+        return 1000.0
+
+    assert fingerprint(Data(torch.ones(2, 3), metric=metric)) != first
+    assert fingerprint(Data(torch.ones(2, 3), metric=functools.partial(metric, y=torch.ones(1)))) != first

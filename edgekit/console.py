@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from edgekit.frozen.describe import Description
     from edgekit.pipeline import Outcome, Progress
 
-__all__ = ["error", "print_description", "print_json", "print_outcome", "print_table", "progress_bars", "size", "warning"]
+__all__ = [
+    "error",
+    "print_description",
+    "print_json",
+    "print_outcome",
+    "print_table",
+    "progress_bars",
+    "shortfalls",
+    "size",
+    "warning",
+]
 
 
 def error(message: str) -> None:

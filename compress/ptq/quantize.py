@@ -20,7 +20,7 @@ from edgekit.data import Data, batches, sample_inputs
 from edgekit.errors import InputError
 from edgekit.frozen import FrozenProgram
 
-__all__ = ["Progress", "calibration_stream", "quantize", "quantize_model", "train"]
+__all__ = ["Progress", "calibration_stream", "check_patterns", "quantize", "quantize_model", "train"]
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, how much is done, how much there is)."""

@@ -23,8 +23,8 @@ from edgekit.frozen import FrozenProgram
 
 GOAL = 1.15
 NOTES = [
-    "The converters' own time varies by a tenth and more from call to call on this shared machine: a first run of 5 rounds gave 1.19 "
-    "for DS-CNN in TFLite, where all that edgekit adds to the converter was measured as 0.04 of 2.2 seconds.",
+    "The converters' own time varies by a tenth and more from call to call on this shared machine: a first run of 5 rounds gave "
+    "1.19 for DS-CNN in TFLite, where all that edgekit adds to the converter was measured as 0.04 of 2.2 seconds.",
 ]
 
 

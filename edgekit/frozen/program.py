@@ -191,12 +191,18 @@ class FrozenProgram:
         """
         self.check_inputs(inputs)
         outputs: list[tuple[Tensor, ...]] = []
-        with torch.no_grad():
-            for i in range(len(inputs[0])):
-                result = self.module(*(x[i : i + 1] for x in inputs))
-                outputs.append(result if isinstance(result, tuple) else tuple(result) if isinstance(result, list) else (result,))
-                if progress:
-                    progress(i + 1, len(inputs[0]))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # layers are small: threads that wait for a busy core make this many times slower
+        try:
+            with torch.no_grad():
+                for i in range(len(inputs[0])):
+                    result = self.module(*(x[i : i + 1] for x in inputs))
+                    many = isinstance(result, tuple | list)
+                    outputs.append(tuple(result) if many else (result,))
+                    if progress:
+                        progress(i + 1, len(inputs[0]))
+        finally:
+            torch.set_num_threads(threads)
         return tuple(torch.cat(column) for column in zip(*outputs, strict=True))
 
     def check_inputs(self, inputs: Sequence[Tensor]) -> None:

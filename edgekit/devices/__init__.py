@@ -1,0 +1,44 @@
+"""Devices: where an exported file runs and is measured.
+
+A device is named on the command line by ``--device``: ``scheme`` or ``scheme:rest``, such as ``local`` or ``qemu:mps2-an386``.
+:data:`DEVICES` maps a scheme to the module that serves it; the module has one function ``connect(spec) -> device``. A device is
+any object with these members (there is no base class):
+
+``name``
+    the spec it was made from.
+``targets``
+    names of :data:`edgekit.targets.TARGETS` whose files it can run here, in order of preference.
+``run(path, target, inputs, progress=None)``
+    outputs for a batch, as the ``run`` of a target module gives them: one float32 array (N, ...) for each output.
+``taps(path, target, program, sample)``
+    each layer's int8 output, as the ``taps`` of a target module gives them; empty where the device cannot give any.
+``profile(path, target, program, settings, progress=None)``
+    an :class:`edgekit.profile.Profile`.
+``close()``
+    release what it holds (connections, folders); idempotent.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from edgekit.errors import InputError
+
+__all__ = ["DEVICES", "connect"]
+
+DEVICES: dict[str, str] = {}
+"""Scheme to module; importing one starts nothing and imports no runtime."""
+
+
+def connect(spec: str) -> Any:
+    """The device that ``spec`` names.
+
+    Raises:
+        InputError: there is no such device.
+        MissingTool: what it needs is not installed.
+    """
+    scheme = spec.partition(":")[0]
+    if scheme not in DEVICES:
+        raise InputError(f"device {spec!r} is unknown; choose one of: {', '.join(DEVICES)}")
+    return importlib.import_module(DEVICES[scheme]).connect(spec)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Artifact", "Coverage", "Mismatch", "TensorSpec"]
+__all__ = ["Artifact", "Coverage", "Mismatch", "TapFile", "TensorSpec"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,22 @@ class Mismatch:
 
     def __str__(self) -> str:
         return f"layer {self.layer}: {self.field} is {self.found} in the file, {self.expected} in the frozen program"
+
+
+@dataclass(frozen=True)
+class TapFile:
+    """How to see a file's inner results: what to run in its place, and what the results are.
+
+    Attributes:
+        data: bytes of a copy that has inner results as outputs; None: run the file itself.
+        tensors: numbers of the tensors to read after a run, besides the outputs (TFLite).
+        layers: from all that one run gave (outputs, then tensors, batch of one) to each layer's int8 output, in the program's
+            layout, by layer name.
+    """
+
+    data: bytes | None
+    tensors: tuple[int, ...]
+    layers: Callable[[Sequence[Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)

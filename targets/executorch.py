@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from edgekit.artifact import Artifact, Mismatch, TensorSpec
+from edgekit.artifact import Artifact, Mismatch, TapFile, TensorSpec
 from edgekit.errors import FormatError, InputError, ParityError, UnsupportedError, missing_extra
 from edgekit.files import write_whole
 from edgekit.frozen import FrozenProgram
@@ -35,7 +35,9 @@ from edgekit.targets.pte_layers import place
 from edgekit.targets.pte_taps import tapped
 from edgekit.targets.qdq import to_qdq
 
-__all__ = ["EXTRA", "SUFFIX", "Options", "available", "inspect", "lower", "readback", "run", "taps"]
+__all__ = [
+    "EXTRA", "SUFFIX", "Options", "available", "decode", "encode", "inspect", "lower", "readback", "run", "tap_file", "taps",
+]  # fmt: skip
 
 SUFFIX = ".pte"
 EXTRA = "executorch"
@@ -122,10 +124,25 @@ def run(
         FormatError: the runtime refuses the file.
         InputError: an input's number or shape does not fit the file.
     """
+    outputs = _execute(Path(path).read_bytes(), str(path), encode(path, inputs), threads, progress)
+    return decode(path, outputs)
+
+
+def encode(path: Path, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Float inputs (N, ...) as the file takes them: its types, quantized where it takes integers.
+
+    Raises:
+        InputError: an input's number or shape does not fit the file.
+    """
     file = read_pte(path)
     quantization = io_quantization(file)
-    prepared = [_encode(path, file, n, x, quantization) for n, x in zip(file.inputs, _counted(path, file, inputs), strict=True)]
-    outputs = _execute(Path(path).read_bytes(), str(path), prepared, threads, progress)
+    return [_encode(path, file, n, x, quantization) for n, x in zip(file.inputs, _counted(path, file, inputs), strict=True)]
+
+
+def decode(path: Path, outputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The file's outputs (N, ...) as float32."""
+    file = read_pte(path)
+    quantization = io_quantization(file)
     return [_decode(y, quantization.get(n)) for n, y in zip(file.outputs, outputs, strict=True)]
 
 
@@ -135,20 +152,23 @@ def taps(path: Path, program: FrozenProgram, sample: Sequence[np.ndarray]) -> di
     The file itself is run, with the tensors in question made outputs of a copy of it in memory; so an altered weight, scale or
     zero point in the file shows. Layers whose output never exists as int8 are left out.
     """
-    file = read_pte(path)
-    quantization = io_quantization(file)
+    tapping = tap_file(path, program)
+    assert tapping.data is not None
+    return tapping.layers(_execute(tapping.data, str(path), [x[:1] for x in encode(path, sample)], 1, None))
+
+
+def tap_file(path: Path, program: FrozenProgram) -> TapFile:
+    """What :func:`taps` runs, for any runtime of these files."""
     _require()
+    file = read_pte(path)
     with _quiet():
         copy, extra = tapped(file, program, place(file, program))
-    prepared = [
-        _encode(path, file, n, np.asarray(x)[:1], quantization)
-        for n, x in zip(file.inputs, _counted(path, file, sample), strict=True)
-    ]
-    outputs = _execute(copy, str(path), prepared, 1, None)[len(file.outputs) :]
-    found: dict[str, np.ndarray] = {}
-    for tap, value in zip(extra, outputs, strict=True):
-        found[tap.layer] = np.ascontiguousarray(value.transpose(tap.order)).reshape(tap.shape)
-    return found
+
+    def layers(outputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        pairs = zip(extra, outputs[len(file.outputs) :], strict=True)
+        return {tap.layer: np.ascontiguousarray(value.transpose(tap.order)).reshape(tap.shape) for tap, value in pairs}
+
+    return TapFile(copy, (), layers)
 
 
 def _require() -> None:
@@ -228,7 +248,7 @@ def _counted(path: Path, file: PteFile, inputs: Sequence[np.ndarray]) -> Sequenc
     return inputs
 
 
-def _encode(path: Path, file: PteFile, number: int, x: np.ndarray, quantization: dict[int, tuple[float, int]]) -> torch.Tensor:
+def _encode(path: Path, file: PteFile, number: int, x: np.ndarray, quantization: dict[int, tuple[float, int]]) -> np.ndarray:
     tensor = file.tensors[number]
     x = np.asarray(x)
     if x.shape[1:] != tensor.shape[1:] or not len(x):
@@ -237,7 +257,7 @@ def _encode(path: Path, file: PteFile, number: int, x: np.ndarray, quantization:
     if tensor.dtype == "int8" and number in quantization and x.dtype.kind == "f":
         scale, zero_point = quantization[number]
         x = np.clip(np.round(x / np.float32(scale)) + zero_point, -128, 127)
-    return torch.from_numpy(np.ascontiguousarray(x.astype(tensor.dtype)))
+    return np.ascontiguousarray(x.astype(tensor.dtype))
 
 
 def _decode(y: np.ndarray, quantization: tuple[float, int] | None) -> np.ndarray:
@@ -247,9 +267,10 @@ def _decode(y: np.ndarray, quantization: tuple[float, int] | None) -> np.ndarray
 
 
 def _execute(
-    program: bytes, where: str, inputs: Sequence[torch.Tensor], threads: int, progress: Callable[[int, int], None] | None
+    program: bytes, where: str, arrays: Sequence[np.ndarray], threads: int, progress: Callable[[int, int], None] | None
 ) -> list[np.ndarray]:
     _require()
+    inputs = [torch.from_numpy(x) for x in arrays]
     with _quiet(), _silent_stderr():
         import executorch.kernels.quantized  # noqa: F401  kernels of what is not delegated
         from executorch.extension.pybindings import portable_lib

@@ -25,14 +25,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.artifact import Artifact, Mismatch
+from edgekit.artifact import Artifact, Mismatch, TapFile
 from edgekit.errors import FormatError, InputError, ParityError, UnsupportedError, missing_extra
 from edgekit.files import write_whole
 from edgekit.frozen import FrozenProgram
 from edgekit.targets import onnx_facts, preflight
 from edgekit.targets.onnx_rules import RULES, Expansion
 
-__all__ = ["EXTRA", "SUFFIX", "Options", "available", "inspect", "lower", "readback", "run", "session", "taps"]
+__all__ = [
+    "EXTRA", "SUFFIX", "Options", "available", "decode", "encode", "inspect", "lower", "readback", "run", "session", "tap_file",
+    "taps",
+]  # fmt: skip
 
 SUFFIX = ".onnx"
 EXTRA = "onnx"
@@ -132,6 +135,13 @@ def taps(path: Path, program: FrozenProgram, sample: Sequence[NDArray[Any]]) -> 
 
     The layers' tensors become outputs of a copy of the file; the shipped file stays as it is.
     """
+    tapping = tap_file(path, program)
+    assert tapping.data is not None
+    return tapping.layers(_call(_session(tapping.data, path, 1), path, sample))
+
+
+def tap_file(path: Path, program: FrozenProgram) -> TapFile:
+    """What :func:`taps` runs."""
     import onnx
 
     model = onnx_facts.read(path)
@@ -139,8 +149,36 @@ def taps(path: Path, program: FrozenProgram, sample: Sequence[NDArray[Any]]) -> 
     names = [n.name for n in program.layers if n.out_scale is not None and n.name in produced]
     del model.graph.output[:]
     model.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None) for name in names)
-    values = _call(_session(model.SerializeToString(), path, 1), path, sample)
-    return {name: (value.astype(np.int16) - 128).astype(np.int8) for name, value in zip(names, values, strict=True)}
+
+    def layers(values: Sequence[NDArray[Any]]) -> dict[str, NDArray[np.int8]]:
+        return {name: (value.astype(np.int16) - 128).astype(np.int8) for name, value in zip(names, values, strict=True)}
+
+    return TapFile(model.SerializeToString(), (), layers)
+
+
+def encode(path: Path, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+    """Inputs (N, ...) as the file takes them.
+
+    Raises:
+        InputError: the number or shape of the inputs does not fit.
+    """
+    import onnx
+
+    wanted = onnx_facts.read(path).graph.input
+    if len(inputs) != len(wanted):
+        raise InputError(f"{path}: {len(inputs)} inputs given, the file takes {len(wanted)}")
+    encoded = []
+    for value, x in zip(wanted, inputs, strict=True):
+        shape = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+        if tuple(x.shape[1:]) != shape[1:]:
+            raise InputError(f"{path}, input {value.name}: shape {tuple(x.shape)} given, (N, {str(shape[1:])[1:]} expected")
+        encoded.append(np.ascontiguousarray(x, onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)))
+    return encoded
+
+
+def decode(path: Path, outputs: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
+    """The file's outputs (N, ...) as float32."""
+    return [y.astype(np.float32) for y in outputs]
 
 
 def session(path: Path, threads: int = 1) -> Any:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.artifact import Artifact, Mismatch
+from edgekit.artifact import Artifact, Mismatch, TapFile
 from edgekit.errors import FormatError, InputError, ParityError, UnsupportedError, missing_extra
 from edgekit.files import write_whole
 from edgekit.frozen import FrozenProgram, Layer
@@ -32,7 +32,9 @@ from edgekit.targets.tflite_convert import convert, quiet
 from edgekit.targets.tflite_file import Tensor, TfliteFile, parse, read
 from edgekit.targets.tflite_finish import finish
 
-__all__ = ["EXTRA", "SUFFIX", "Options", "available", "inspect", "lower", "readback", "run", "taps"]
+__all__ = [
+    "EXTRA", "SUFFIX", "Options", "available", "decode", "encode", "inspect", "lower", "readback", "run", "tap_file", "taps",
+]  # fmt: skip
 
 SUFFIX = ".tflite"
 EXTRA = "tflite"
@@ -198,18 +200,42 @@ def run(
     Raises:
         FormatError: a damaged file; InputError: inputs that do not fit it.
     """
-    file = read(path)
-    _fits(file, path, inputs)
+    file, encoded = read(path), encode(path, inputs)
     interpreter = _interpreter(path, threads)
     results: list[list[NDArray[Any]]] = [[] for _ in file.outputs]
-    total = len(inputs[0]) if inputs else 0
+    total = len(encoded[0]) if encoded else 0
     for i in range(total):
-        _feed(interpreter, file, [x[i : i + 1] for x in inputs])
+        _feed(interpreter, file, [x[i : i + 1] for x in encoded])
         for kept, index in zip(results, file.outputs, strict=True):
-            kept.append(_real(interpreter.get_tensor(index), file.tensors[index]))
+            kept.append(interpreter.get_tensor(index))
         if progress is not None:
             progress(i + 1, total)
-    return [np.concatenate(r) if r else np.zeros((0,), np.float32) for r in results]
+    return decode(path, [np.concatenate(r) if r else np.zeros((0,), np.float32) for r in results])
+
+
+def encode(path: Path, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+    """Float inputs (N, ...) in the program's layout, as the file takes them: its types and layouts.
+
+    Raises:
+        InputError: inputs that do not fit the file.
+    """
+    file = read(path)
+    _fits(file, path, inputs)
+    encoded = []
+    for x, index, last in zip(inputs, file.inputs, facts.channel_last_inputs(file), strict=True):
+        value, tensor = np.asarray(x), file.tensors[index]
+        if last:
+            value = value.transpose(0, 2, 3, 1)
+        if tensor.dtype == "INT8":
+            value = _integers(value, tensor)
+        encoded.append(np.ascontiguousarray(value, np.dtype(tensor.numpy_dtype)))
+    return encoded
+
+
+def decode(path: Path, outputs: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
+    """The file's outputs (N, ...) as float32, integers dequantized with the file's own scale."""
+    file = read(path)
+    return [_real(y, file.tensors[i]) for y, i in zip(outputs, file.outputs, strict=True)]
 
 
 def _fits(file: TfliteFile, path: Path, inputs: Sequence[NDArray[Any]]) -> None:
@@ -223,13 +249,8 @@ def _fits(file: TfliteFile, path: Path, inputs: Sequence[NDArray[Any]]) -> None:
 
 
 def _feed(interpreter: Any, file: TfliteFile, sample: Sequence[NDArray[Any]]) -> None:
-    for x, index, last in zip(sample, file.inputs, facts.channel_last_inputs(file), strict=True):
-        value, tensor = np.asarray(x), file.tensors[index]
-        if last:
-            value = value.transpose(0, 2, 3, 1)
-        if tensor.dtype == "INT8":
-            value = _integers(value, tensor)
-        interpreter.set_tensor(index, np.ascontiguousarray(value, np.dtype(tensor.numpy_dtype)))
+    for x, index in zip(sample, file.inputs, strict=True):
+        interpreter.set_tensor(index, x)
     interpreter.invoke()
 
 
@@ -256,19 +277,24 @@ def taps(path: Path, program: FrozenProgram, sample: Sequence[NDArray[Any]]) -> 
 
     Layers merged into a neighbour are left out.
     """
-    file = read(path)
-    _fits(file, path, sample)
+    file, tapping = read(path), tap_file(path, program)
     interpreter = _interpreter(path, keep=True)
-    _feed(interpreter, file, sample)
+    _feed(interpreter, file, encode(path, sample))
+    return tapping.layers([interpreter.get_tensor(i) for i in (*file.outputs, *tapping.tensors)])
+
+
+def tap_file(path: Path, program: FrozenProgram) -> TapFile:
+    """What :func:`taps` reads, for any runtime of these files: the file itself with its tensors kept."""
+    file = read(path)
     channel_last = facts.layouts(file)
-    found: dict[str, NDArray[np.int8]] = {}
-    for layer in program.layers:
-        tensor = file.by_name.get(layer.name)
-        if tensor is not None and tensor.dtype == "INT8":
-            value = _in_program_layout(interpreter.get_tensor(tensor.index), layer, channel_last.get(tensor.index))
-            if value is not None:
-                found[layer.name] = value
-    return found
+    kept = [(x, t.index) for x in program.layers if (t := file.by_name.get(x.name)) is not None and t.dtype == "INT8"]
+
+    def layers(results: Sequence[NDArray[Any]]) -> dict[str, NDArray[np.int8]]:
+        pairs = zip(kept, results[len(file.outputs) :], strict=True)
+        found = {x.name: _in_program_layout(value, x, channel_last.get(index)) for (x, index), value in pairs}
+        return {name: value for name, value in found.items() if value is not None}
+
+    return TapFile(None, tuple(index for _, index in kept), layers)
 
 
 def _in_program_layout(value: NDArray[Any], layer: Layer, channel_last: bool | None) -> NDArray[np.int8] | None:

@@ -43,6 +43,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+__all__ = [
+    "PROTOCOL",
+    "Program",
+    "Refused",
+    "Spec",
+    "load_runtime",
+    "machine",
+    "main",
+    "measure",
+    "open_program",
+    "serve",
+    "sha256",
+    "state",
+    "throttled",
+    "version",
+]
+
 PROTOCOL = 1
 TIMES_KEPT = 200_000
 SUFFIXES = {".pte": "executorch", ".tflite": "tflite", ".onnx": "onnx"}
@@ -126,7 +143,7 @@ def open_program(
     try:
         return OPENERS[target](module, name, path, threads, tensors)
     except Exception as error:  # each runtime has exceptions of its own
-        raise Refused("load", f"{name} {version(name)} refuses {os.path.basename(path)}: {first_line(error)}") from error
+        raise Refused("load", f"{name} {version(name)} refuses {os.path.basename(path)}: {_first_line(error)}") from error
 
 
 def load_runtime(target: str, wanted: str | None = None) -> tuple[str, Any]:
@@ -145,7 +162,7 @@ def load_runtime(target: str, wanted: str | None = None) -> tuple[str, Any]:
         try:
             return name, [importlib.import_module(part) for part in known[name]][-1]
         except (ImportError, OSError) as error:
-            problems.append(f"{name} {version(name)} is installed but cannot be loaded ({first_line(error)})")
+            problems.append(f"{name} {version(name)} is installed but cannot be loaded ({_first_line(error)})")
     first = wanted or next(iter(known))
     absent = f"{wanted or ' or '.join(known)} is not installed here; run: {sys.executable} -m pip install {first}"
     raise Refused("missing", "; ".join(problems) or absent)
@@ -209,7 +226,7 @@ def _executorch(library: Any, name: str, path: str, threads: int, tensors: Seque
 def _onnx(library: Any, name: str, path: str, threads: int, tensors: Sequence[int]) -> Program:
     options = library.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
-    if platform.machine().lower() in ("x86_64", "amd64", "i686") and "vnni" not in read("/proc/cpuinfo"):
+    if platform.machine().lower() in ("x86_64", "amd64", "i686") and "vnni" not in _read("/proc/cpuinfo"):
         options.add_session_config_entry("session.x64quantprecision", "1")  # else 16-bit sums saturate
     session = library.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     given: dict[str, Any] = {}
@@ -244,22 +261,22 @@ def version(package: str) -> str | None:
 
 def machine() -> dict[str, Any]:
     """What decides how fast this machine is, and does not change by itself. No host name, user name or path."""
-    cpu = read("/proc/cpuinfo")
+    cpu = _read("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in cpu.splitlines() if line.startswith(("model name", "Model", "Hardware"))]
-    governors = {read(p).strip() for p in glob.glob("/sys/devices/system/cpu/cpu*/cpufreq/scaling_governor")}
-    limits = [number(p) for p in glob.glob("/sys/devices/system/cpu/cpu*/cpufreq/cpuinfo_max_freq")]
-    total = [line.split()[1] for line in read("/proc/meminfo").splitlines() if line.startswith("MemTotal")]
+    governors = {_read(p).strip() for p in glob.glob("/sys/devices/system/cpu/cpu*/cpufreq/scaling_governor")}
+    limits = [_number(p) for p in glob.glob("/sys/devices/system/cpu/cpu*/cpufreq/cpuinfo_max_freq")]
+    total = [line.split()[1] for line in _read("/proc/meminfo").splitlines() if line.startswith("MemTotal")]
     return {
         "machine": platform.machine(),
         "processor": names[0] if names else platform.processor() or platform.machine(),
-        "board": read("/proc/device-tree/model").strip("\0 \n") or None,
+        "board": _read("/proc/device-tree/model").strip("\0 \n") or None,
         "virtual": "hypervisor" in cpu,
         "cores": os.cpu_count(),
-        "usable_cores": len(cpus()),
+        "usable_cores": len(_cpus()),
         "governor": ", ".join(sorted(governors)) or None,
         "max_megahertz": max((x // 1000 for x in limits if x), default=None),
         "memory_megabytes": int(total[0]) // 1024 if total else None,
-        "system": os_name(),
+        "system": _os_name(),
         "kernel": platform.release(),
         "bits": 64 if sys.maxsize > 2**32 else 32,
         "python": platform.python_version(),
@@ -269,8 +286,8 @@ def machine() -> dict[str, Any]:
 
 def state() -> dict[str, Any]:
     """What changes by itself: temperature, clock, throttling, load. Absent figures are None."""
-    heat = [number(p) for p in glob.glob("/sys/class/thermal/thermal_zone*/temp")]
-    clocks = [number(p) for p in glob.glob("/sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq")]
+    heat = [_number(p) for p in glob.glob("/sys/class/thermal/thermal_zone*/temp")]
+    clocks = [_number(p) for p in glob.glob("/sys/devices/system/cpu/cpu*/cpufreq/scaling_cur_freq")]
     return {
         "temperature_celsius": max((x / 1000 for x in heat if x), default=None),
         "megahertz": max((x // 1000 for x in clocks if x), default=None),
@@ -281,7 +298,7 @@ def state() -> dict[str, Any]:
 
 def throttled() -> str | None:
     """The Raspberry Pi firmware's flags in words, "" for none, None where there is no such firmware."""
-    text = read("/sys/devices/platform/soc/soc:firmware/get_throttled").strip()
+    text = _read("/sys/devices/platform/soc/soc:firmware/get_throttled").strip()
     program = shutil.which("vcgencmd")
     if not text and program:
         with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -296,17 +313,17 @@ def throttled() -> str | None:
     return ", ".join(now + [f"{w} since boot" for i, w in enumerate(words) if flags >> (16 + i) & 1])
 
 
-def cpus() -> list[int]:
+def _cpus() -> list[int]:
     """Numbers of the processors that this process may use."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
-def pin(threads: int) -> list[int] | None:
+def _pin(threads: int) -> list[int] | None:
     """Stay on the ``threads`` fastest processors (the last of equals); None where that is not allowed or leaves no choice."""
-    usable = cpus()
+    usable = _cpus()
     if threads >= len(usable):
         return None
-    fastest = sorted(usable, key=lambda c: (number(f"/sys/devices/system/cpu/cpu{c}/cpufreq/cpuinfo_max_freq") or 0, c))
+    fastest = sorted(usable, key=lambda c: (_number(f"/sys/devices/system/cpu/cpu{c}/cpufreq/cpuinfo_max_freq") or 0, c))
     chosen = sorted(fastest[-threads:])
     try:
         os.sched_setaffinity(0, chosen)
@@ -315,9 +332,9 @@ def pin(threads: int) -> list[int] | None:
     return chosen
 
 
-def memory(key: str) -> int | None:
+def _memory(key: str) -> int | None:
     """Bytes of this process: "VmRSS" now, "VmHWM" at its peak."""
-    for line in read("/proc/self/status").splitlines():
+    for line in _read("/proc/self/status").splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     return None
@@ -374,8 +391,8 @@ def serve(request: dict[str, Any], folder: str) -> dict[str, Any]:
     if action not in ("run", "profile"):
         raise Refused("request", f"action {action!r} is none of run, profile, describe")
     where = machine()
-    pinned = pin(threads) if action == "profile" and settings.get("pin", True) else None
-    before, began, own, busy = state(), time.monotonic(), time.process_time(), busy_seconds()
+    pinned = _pin(threads) if action == "profile" and settings.get("pin", True) else None
+    before, began, own, busy = state(), time.monotonic(), time.process_time(), _busy_seconds()
     opened = [_opened(entry, folder, threads) for entry in request["files"]]
     result: dict[str, Any] = {"files": [facts for _, facts, _ in opened], "pinned": pinned, "before": before}
     if action == "run":
@@ -388,14 +405,14 @@ def serve(request: dict[str, Any], folder: str) -> dict[str, Any]:
         )
         import numpy as np
 
-        save_arrays(
+        _save_arrays(
             os.path.join(folder, request["times"]), {f"file{i}": np.array(t, dtype=np.int64) for i, t in enumerate(times)}
         )
-    wall, others = time.monotonic() - began, busy_seconds()
+    wall, others = time.monotonic() - began, _busy_seconds()
     if busy is not None and others is not None and wall > 0.05:
         used = others - busy - (time.process_time() - own)
         result["other_load"] = max(0.0, used / wall / (os.cpu_count() or 1))
-    return {**result, "after": state(), "machine": where, "peak_rss_bytes": memory("VmHWM")}
+    return {**result, "after": state(), "machine": where, "peak_rss_bytes": _memory("VmHWM")}
 
 
 def _opened(entry: dict[str, Any], folder: str, threads: int) -> tuple[Program, dict[str, Any], list[Any]]:
@@ -412,7 +429,7 @@ def _opened(entry: dict[str, Any], folder: str, threads: int) -> tuple[Program, 
     with np.load(os.path.join(folder, entry["inputs"]), allow_pickle=False) as archive:
         arrays = [archive[f"input{i}"] for i in range(len(archive.files))]
     load_runtime(entry["target"], entry.get("runtime"))  # so that load time and memory are the file's alone
-    base, start = memory("VmRSS"), time.perf_counter_ns()
+    base, start = _memory("VmRSS"), time.perf_counter_ns()
     program = open_program(path, entry["target"], threads, entry.get("runtime"), entry.get("tensors", ()))
     loaded = time.perf_counter_ns()
     if program.inputs and [s.shape[1:] for s in program.inputs] != [x.shape[1:] for x in arrays]:
@@ -422,11 +439,11 @@ def _opened(entry: dict[str, Any], folder: str, threads: int) -> tuple[Program, 
         program.feed([np.ascontiguousarray(x[:1]) for x in arrays])
         program.call()
     except (RuntimeError, ValueError) as error:
-        raise Refused("load", f"{program.runtime} {program.version} refuses {entry['file']}: {first_line(error)}") from error
+        raise Refused("load", f"{program.runtime} {program.version} refuses {entry['file']}: {_first_line(error)}") from error
     facts = {
         "file": entry["file"], "sha256": digest, "runtime": program.runtime, "version": program.version,
         "load_microseconds": (loaded - start) / 1e3, "first_microseconds": (time.perf_counter_ns() - loaded) / 1e3,
-        "rss_before_bytes": base, "rss_loaded_bytes": memory("VmRSS"),
+        "rss_before_bytes": base, "rss_loaded_bytes": _memory("VmRSS"),
     }  # fmt: skip
     return program, facts, arrays
 
@@ -446,20 +463,20 @@ def _run(program: Program, arrays: Sequence[Any], entry: dict[str, Any], folder:
     joined = [np.stack(c) if c[0].ndim == 0 else np.concatenate(c) for c in zip(*columns)]
     count = len(joined) - len(entry.get("tensors", ()))
     names = [f"output{i}" if i < count else f"tensor{i - count}" for i in range(len(joined))]
-    save_arrays(os.path.join(folder, entry["outputs"]), dict(zip(names, joined)))
+    _save_arrays(os.path.join(folder, entry["outputs"]), dict(zip(names, joined)))
     return total
 
 
-def save_arrays(path: str, arrays: dict[str, Any]) -> None:
+def _save_arrays(path: str, arrays: dict[str, Any]) -> None:
     """An npz file, whole or not at all."""
     import numpy as np
 
-    with whole(path) as temporary, open(temporary, "wb") as file:
+    with _whole(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 
 
 @contextlib.contextmanager
-def whole(path: str) -> Iterator[str]:
+def _whole(path: str) -> Iterator[str]:
     """A temporary name that becomes ``path`` if all goes well."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -470,24 +487,24 @@ def whole(path: str) -> Iterator[str]:
             os.unlink(temporary)
 
 
-def busy_seconds() -> float | None:
+def _busy_seconds() -> float | None:
     """Processor seconds that everything on this machine has used since it started."""
-    fields = read("/proc/stat").partition("\n")[0].split()[1:]
+    fields = _read("/proc/stat").partition("\n")[0].split()[1:]
     if len(fields) < 8 or not hasattr(os, "sysconf"):
         return None
     used = [int(x) for x in fields]
     return float(sum(used[:8]) - used[3] - used[4]) / os.sysconf("SC_CLK_TCK")
 
 
-def os_name() -> str:
+def _os_name() -> str:
     """Such as "Debian GNU/Linux 12 (bookworm)"."""
-    for line in read("/etc/os-release").splitlines():
+    for line in _read("/etc/os-release").splitlines():
         if line.startswith("PRETTY_NAME="):
             return line.partition("=")[2].strip().strip('"')
     return platform.system()
 
 
-def read(path: str) -> str:
+def _read(path: str) -> str:
     """A small text file, "" if it cannot be read."""
     try:
         with open(path, errors="replace") as file:
@@ -496,10 +513,10 @@ def read(path: str) -> str:
         return ""
 
 
-def number(path: str) -> int | None:
+def _number(path: str) -> int | None:
     """The number a small file holds."""
     try:
-        return int(read(path))
+        return int(_read(path))
     except ValueError:
         return None
 
@@ -513,12 +530,12 @@ def sha256(path: str) -> str:
     return total.hexdigest()
 
 
-def first_line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     """An error's first line, or its class."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
-def end_with_input() -> None:
+def _end_with_input() -> None:
     """End this process when standard input closes."""
     while os.read(0, 4096):
         pass
@@ -529,7 +546,7 @@ def main(arguments: Sequence[str]) -> int:
     """Exit codes: 0 done, 2 refused (the result says why), 4 the connection closed; killed by SIGALRM when out of time."""
     path = os.path.abspath(arguments[0])
     if "--watch" in arguments:
-        threading.Thread(target=end_with_input, daemon=True).start()
+        threading.Thread(target=_end_with_input, daemon=True).start()
     folder = os.path.dirname(path)
     result_path = os.path.join(folder, "result.json")
     result: dict[str, Any] = {"protocol": PROTOCOL, "ok": False}
@@ -545,7 +562,7 @@ def main(arguments: Sequence[str]) -> int:
     except MemoryError:
         result["error"] = {"kind": "memory", "message": "not enough memory on this machine for the file and its samples"}
     except ImportError as error:
-        result["error"] = {"kind": "missing", "message": f"{first_line(error)} ({sys.executable}); install it there"}
+        result["error"] = {"kind": "missing", "message": f"{_first_line(error)} ({sys.executable}); install it there"}
     except OSError as error:
         result["error"] = {
             "kind": "file",
@@ -554,11 +571,11 @@ def main(arguments: Sequence[str]) -> int:
     except (KeyError, TypeError, ValueError) as error:
         result["error"] = {
             "kind": "request",
-            "message": f"the request cannot be read ({type(error).__name__}: {first_line(error)})",
+            "message": f"the request cannot be read ({type(error).__name__}: {_first_line(error)})",
         }
     if not result["ok"]:
         print(f"runner: {result['error']['message']}", file=sys.stderr)
-    with whole(result_path) as temporary, open(temporary, "w") as file:
+    with _whole(result_path) as temporary, open(temporary, "w") as file:
         json.dump(result, file)
     return 0 if result["ok"] else 2
 

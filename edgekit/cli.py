@@ -58,7 +58,7 @@ def run(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Do every stage of a recipe: compress, export, verify, report."""
+    """Do every stage of a recipe: compress, export, verify, profile, report."""
     from edgekit import pipeline
 
     _finish(json, pipeline.run, recipe, out or _default_out(recipe), seed=seed, device=device, resume=resume)
@@ -102,6 +102,31 @@ def verify(run: Run, target: Names = None, seed: Seed = None, json: Json = False
     from edgekit import pipeline
 
     _finish(json, pipeline.verify, run, target, seed=seed)
+
+
+@app.command()
+def profile(
+    run: Run,
+    device: Annotated[
+        list[str] | None, typer.Option("--device", "-d", help="Where to measure (repeat for more); the recipe's if left out.")
+    ] = None,
+    target: Names = None,
+    num_threads: Annotated[int, typer.Option("--num_threads", "--num-threads", min=1, help="Threads of the runtime.")] = 1,
+    num_runs: Annotated[int, typer.Option("--num_runs", "--num-runs", min=1, help="Timed runs.")] = 50,
+    warmup_runs: Annotated[int, typer.Option("--warmup_runs", "--warmup-runs", min=0, help="Runs before them.")] = 5,
+    min_secs: Annotated[
+        float | None, typer.Option("--min_secs", "--min-secs", min=0, help="Go on for at least this many seconds.")
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Also measure each layer.")] = True,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure what a run's files cost on a device: time, or instructions where it is emulated, and memory."""
+    from edgekit import pipeline
+    from edgekit.profile import Settings
+
+    settings = Settings(num_threads, num_runs, warmup_runs, min_secs, layers)
+    _finish(json, pipeline.profile, run, device, target, settings)
 
 
 @app.command()
@@ -235,6 +260,7 @@ def _plain(outcome: Any) -> dict[str, Any]:
         "files": names(outcome.folder),
         "stages": [{"name": s.name, "state": s.state, "seconds": s.seconds} for s in outcome.stages],
         "parity": None if outcome.parity is None else outcome.parity.to_json(),
+        "profiles": [p.to_json() for p in outcome.profiles],
         "warnings": list(outcome.warnings),
     }
 

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgekit.frozen.describe import Description
     from edgekit.pipeline import Outcome, Progress
+    from edgekit.profile import Profile
 
 __all__ = [
     "error",
     "print_description",
     "print_json",
     "print_outcome",
+    "print_profile",
     "print_table",
     "progress_bars",
     "shortfalls",
@@ -47,13 +49,15 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     from rich.table import Table
     from rich.text import Text
 
+    from edgekit.profile_table import text
+
     table = Table(title=title, title_justify="left", title_style="bold", show_footer=total is not None, header_style="bold")
     for i, column in enumerate(columns):
         numeric = any(isinstance(row[i], int | float) for row in rows)
-        footer = "" if total is None else _cell(total[i])
+        footer = "" if total is None else text(total[i])
         table.add_column(column, justify="right" if numeric else "left", overflow="fold", footer=footer)
     for row in rows:
-        table.add_row(*(Text(_cell(value)) for value in row))
+        table.add_row(*(Text(text(value)) for value in row))
     wide = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
     wide.print(table)
 
@@ -75,7 +79,7 @@ def print_description(found: Description) -> None:
 
 
 def print_outcome(outcome: Outcome) -> None:
-    """Files with their sizes, and the stage table where the run was verified."""
+    """The stage table where the run was verified, what was measured, and the files with their sizes."""
     for message in outcome.warnings:
         warning(message)
     if outcome.parity is not None:
@@ -86,6 +90,8 @@ def print_outcome(outcome: Outcome) -> None:
         print_table(f"{outcome.parity.program}: {outcome.parity.samples} samples", ["stage", *columns], rows)
         for breach in outcome.parity.breaches:
             error(breach)
+    for found in outcome.profiles:
+        print_profile(found)
     for message in shortfalls(outcome.folder):
         warning(message)
     files = sorted(p for p in outcome.folder.iterdir() if p.name.startswith(("model.", "frozen.", "report.")))
@@ -96,6 +102,23 @@ def print_outcome(outcome: Outcome) -> None:
     _print(sys.stdout, "[dim]", took)
     if outcome.parity is not None and outcome.ok:
         _print(sys.stdout, "[bold green]", "every file computes what the frozen program computes")
+
+
+def print_profile(found: Profile) -> None:
+    """Layers with their costs, figures by name, and what the firmware fits on."""
+    from edgekit import profile_table as tables
+
+    table = tables.layers(found)
+    if table.rows:
+        print_table(tables.title(found), table.columns, table.rows)
+    else:
+        _print(sys.stdout, "[bold]", tables.title(found))
+    for name, value in found.figures.items():
+        _print(sys.stdout, "", "  {}: {}".format(*tables.figure(name, value)))
+    if found.fits:
+        print_table("fits on", tables.FITS, [tables.fit_row(fit) for fit in found.fits])
+    for note in filter(None, (found.method, *found.notes)):
+        _print(sys.stdout, "[dim]", note)
 
 
 def shortfalls(folder: Path) -> list[str]:
@@ -158,16 +181,6 @@ def progress_bars(quiet: bool) -> Iterator[Progress | None]:
 def _shape(shape: Sequence[int]) -> str:
     """Without the batch: "16x8x8"."""
     return "x".join(map(str, shape[1:]))
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 100 else f"{value:,.1f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _print(file: Any, style: str, message: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from edgekit.errors import InputError
 
-__all__ = ["sha256", "write_json", "write_whole"]
+__all__ = ["content_sha256", "sha256", "write_json", "write_whole"]
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
@@ -57,4 +57,19 @@ def sha256(path: Path) -> str:
     with Path(path).open("rb") as file:
         while piece := file.read(1 << 20):
             total.update(piece)
+    return total.hexdigest()
+
+
+def content_sha256(path: Path, suffix: str = "") -> str:
+    """Hex SHA-256 of an exported file: of its bytes, or, where it lies in a folder of its own, of all files in that folder.
+
+    Args:
+        suffix: the target's ``SUFFIX``; one with a slash names a folder.
+    """
+    if "/" not in suffix:
+        return sha256(path)
+    folder = Path(path).parents[suffix.count("/") - 1]
+    total = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        total.update(f"{file.relative_to(folder).as_posix()}\0{sha256(file)}\n".encode())
     return total.hexdigest()

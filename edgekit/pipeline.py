@@ -1,9 +1,10 @@
-"""The stages of a recipe: load -> compress -> freeze -> lower (each target) -> verify -> report.
+"""The stages of a recipe: load -> compress -> freeze -> lower (each target) -> verify -> profile (each device) -> report.
 
-:func:`run` does them all into one run folder; :func:`compress`, :func:`export`, :func:`verify` and :func:`report` do one each,
-the last three on the run folder of the one before. A stage's files are kept in the stage cache (:mod:`edgekit.cache`) by the hash
-of what decides them, so a killed run goes on where it was, and the same inputs give the same bytes. The run folder is replaced in
-one step when everything is made (:mod:`edgekit.runfolder`).
+:func:`run` does them all into one run folder; :func:`compress`, :func:`export`, :func:`verify`, :func:`profile` and
+:func:`report` do one each, all but the first on the run folder of the one before. A stage's files are kept in the stage cache
+(:mod:`edgekit.cache`) by the hash of what decides them, so a killed run goes on where it was, and the same inputs give the same
+bytes; measurements of time are no such file. The run folder is replaced in one step when everything is made
+(:mod:`edgekit.runfolder`).
 """
 
 from __future__ import annotations
@@ -23,24 +24,26 @@ from torch import Tensor, nn
 
 from edgekit import environment, recipe, runfolder, source
 from edgekit.data import Data, fingerprint, sample_inputs
-from edgekit.errors import InputError, MissingTool
+from edgekit.errors import FormatError, InputError, MissingTool
 from edgekit.files import sha256, write_json, write_whole
 from edgekit.recipe import Recipe, Target
 from edgekit.stage_runner import Progress, StageNote, Stages
 
 if TYPE_CHECKING:
     from edgekit.parity import Parity
+    from edgekit.profile import Profile, Settings
 
-__all__ = ["Outcome", "Progress", "compress", "export", "report", "run", "verify"]
+__all__ = ["Outcome", "Progress", "compress", "export", "profile", "report", "run", "verify"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a verb made: the run folder, its stages in order, the parity if it was verified, and warnings."""
+    """What a verb made: the run folder, its stages in order, the parity if it was verified, what was measured, and warnings."""
 
     folder: Path
     stages: tuple[StageNote, ...]
     parity: Parity | None = None
+    profiles: tuple[Profile, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
@@ -84,20 +87,14 @@ def export(
         FormatError: not a run folder, or its frozen program was altered.
         MissingTool, UnsupportedError, ParityError: from the target; the folder is then as it was before.
     """
-    runfolder.open_run(folder, "frozen.pt2", "recipe.yaml")
-    settings = recipe.load(Path(folder) / "recipe.yaml", files=False)
+    settings = _opened(folder)
     chosen = tuple(targets or settings.targets)
     if not chosen:
         raise InputError(f"{folder}: its recipe has no targets; name one with --target")
     _require(chosen)
-    known = {t.name: t for t in (*settings.targets, *chosen)}
     with runfolder.staged(folder, keep=True) as work:
         stages = Stages(work, resume, progress)
-        for target in chosen:
-            _lower(stages, target)
-        for stale in ("parity.json", "report.html"):
-            (work / stale).unlink(missing_ok=True)
-        write_whole(work / "recipe.yaml", recipe.dump(recipe.replace(settings, targets=tuple(known.values())), Path(folder)))
+        _add(stages, settings, chosen, folder)
     return _outcome(stages, folder)
 
 
@@ -108,9 +105,8 @@ def verify(
 
     A file that was altered since it was written is checked all the same, so that the layer is named.
     """
-    runfolder.open_run(folder, "frozen.pt2", "recipe.yaml")
+    settings = _opened(folder)
     warnings = [f"{name} was altered after it was written" for name in runfolder.altered(folder)]
-    settings = recipe.load(Path(folder) / "recipe.yaml", files=False)
     data: Data | None = None
     try:
         data = source.load_data(settings.data, settings.seed if seed is None else seed)
@@ -122,6 +118,54 @@ def verify(
         with stages.timed("verify"):
             parity = _verify(stages, settings, data, targets)
     return replace(_outcome(stages, folder), parity=parity, warnings=(*warnings, *stages.warnings))
+
+
+def profile(
+    folder: Path,
+    devices: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
+    settings: Settings | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Measure files of a run folder on devices, and write ``profile.json``; what it already holds of others stays.
+
+    Args:
+        devices: names such as ``qemu:mps2-an386``, see :mod:`edgekit.devices`; None: the recipe's.
+        targets: files to measure; None: all that the device runs. One that the run does not have yet is exported first.
+        settings: threads and runs.
+
+    Raises:
+        FormatError: not a run folder, or a file to measure was altered.
+        InputError: an unknown device, or a file that the device does not run.
+        MissingTool: what the device needs is not installed.
+    """
+    from edgekit import measure
+    from edgekit.targets import present
+
+    recipe_ = _opened(folder)
+    names = tuple(devices or recipe_.profile)
+    if not names:
+        raise InputError(f"{folder}: its recipe profiles on no device; name one with --device")
+    with measure.connected(names) as found:
+        chosen = measure.pairs(found, targets, present(folder))
+        known: dict[str, Target] = {t.name: t for t in recipe_.targets}
+        wanted = dict.fromkeys(name for _, name in chosen)
+        missing = [known.get(n, recipe.target(n, {})) for n in wanted if n not in present(folder)]
+        _require(missing)
+        _unaltered(folder, list(wanted))
+        with runfolder.staged(folder, keep=True) as work:
+            stages = Stages(work, True, progress)
+            page = (work / "report.html").exists() and not missing
+            if missing:
+                _add(stages, recipe_, missing, folder)
+                stages.warnings.append(
+                    f"exported {', '.join(t.name for t in missing)} first; `edgekit verify` proves what it computes"
+                )
+            made = _profiled(stages, chosen, settings)
+            if page:
+                _report(stages)
+    return replace(_outcome(stages, folder), profiles=made)
 
 
 def report(folder: Path, *, progress: Progress | None = None) -> Outcome:
@@ -137,24 +181,36 @@ def _make(
     recipe_path: Path, out: Path, *, whole: bool, seed: int | None = None, device: str | None = None, resume: bool = True,
     progress: Progress | None = None,
 ) -> Outcome:  # fmt: skip
+    from edgekit import measure
+
     settings = recipe.replace(recipe.load(Path(recipe_path)), seed=seed, device=device)
-    if whole:
-        _require(settings.targets)
-    parity = None
-    with runfolder.staged(out) as work:
-        stages = Stages(work, resume, progress)
-        with stages.timed("load"):
-            loaded = _load(settings)
-        _compress(stages, settings, loaded)
-        write_whole(work / "recipe.yaml", recipe.dump(settings, Path(out)))
-        write_json(work / "env.json", environment.describe())
+    with measure.connected(settings.profile if whole else ()) as devices:
         if whole:
-            for target in settings.targets:
-                _lower(stages, target)
-            if settings.targets:
-                parity = _verified(stages, settings, loaded)
-                _report(stages)
-    return replace(_outcome(stages, out), parity=parity)
+            _require(settings.targets)
+        measured = measure.pairs(devices, None, [t.name for t in settings.targets], exported=True)
+        with runfolder.staged(out) as work:
+            stages = Stages(work, resume, progress)
+            parity, profiles = _all(stages, settings, Path(out), measured, whole=whole)
+    return replace(_outcome(stages, out), parity=parity, profiles=profiles)
+
+
+def _all(
+    stages: Stages, settings: Recipe, out: Path, measured: Sequence[tuple[Any, str]], *, whole: bool
+) -> tuple[Parity | None, tuple[Profile, ...]]:
+    """The stages of a recipe in the folder of ``stages``, which takes the place of ``out``; up to freeze if not ``whole``."""
+    with stages.timed("load"):
+        loaded = _load(settings)
+    _compress(stages, settings, loaded)
+    write_whole(stages.folder / "recipe.yaml", recipe.dump(settings, out))
+    write_json(stages.folder / "env.json", environment.describe())
+    if not whole or not settings.targets:
+        return None, ()
+    for target in settings.targets:
+        _lower(stages, target)
+    parity = _verified(stages, settings, loaded)
+    profiles = _profiled(stages, measured) if measured else ()
+    _report(stages)
+    return parity, profiles
 
 
 @dataclass(frozen=True)
@@ -175,6 +231,41 @@ class _Loaded:
             "data": fingerprint(self.data, self.seed),
             "threads": torch.get_num_threads(),
         }
+
+
+def _opened(folder: Path) -> Recipe:
+    """The recipe of a run folder whose program is whole."""
+    runfolder.open_run(folder, "frozen.pt2", "recipe.yaml")
+    return recipe.load(Path(folder) / "recipe.yaml", files=False)
+
+
+def _add(stages: Stages, settings: Recipe, targets: Sequence[Target], folder: Path) -> None:
+    """Export targets into a run; what was said of the run without them is no longer the whole of it."""
+    for target in targets:
+        _lower(stages, target)
+    for stale in ("parity.json", "report.html"):
+        (stages.folder / stale).unlink(missing_ok=True)
+    known = {t.name: t for t in (*settings.targets, *targets)}
+    text = recipe.dump(recipe.replace(settings, targets=tuple(known.values())), Path(folder))
+    write_whole(stages.folder / "recipe.yaml", text)
+
+
+def _unaltered(folder: Path, targets: Sequence[str]) -> None:
+    """Fail if a file that is to be measured is not what was exported: its costs would not be the run's."""
+    from edgekit.targets import get
+
+    own = {f"model{get(name).SUFFIX}".split("/")[0] for name in targets}
+    for name in runfolder.altered(folder):
+        if name.split("/")[0] in own:
+            remedy = "run `edgekit verify` to see what changed, or `edgekit export` to write it again"
+            raise FormatError(f"{folder}: {name} was altered after it was written; {remedy}")
+
+
+def _profiled(stages: Stages, chosen: Sequence[tuple[Any, str]], settings: Settings | None = None) -> tuple[Profile, ...]:
+    from edgekit.measure import profile_run
+
+    with stages.timed("profile"):
+        return profile_run(stages.folder, chosen, settings, stages.progress)
 
 
 def _outcome(stages: Stages, folder: Path) -> Outcome:

@@ -41,7 +41,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer. ``instructions`` or ``microseconds`` is set, for one sample; ``share`` is that of the whole, 0 to 1."""
+    """One layer. ``instructions`` or ``microseconds`` is set, for one sample; ``share`` is that of the whole, 0 to 1.
+
+    ``library_instructions`` are those of ``instructions`` that the compiler's and C library's functions took.
+    """
 
     layer: str
     op: str
@@ -50,6 +53,7 @@ class LayerCost:
     microseconds: float | None = None
     share: float = 0.0
     note: str = ""
+    library_instructions: int | None = None
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ class Recipe:
         compress: what is done to the model, in order: ``ptq``, ``qat``, or a name such as ``static_wi8_ai8``.
         targets: what it is lowered to, each a name or a name with options.
         verify: what counts as equal.
+        profile: devices that files are measured on, such as ``local`` or ``qemu:mps2-an386``.
         seed: seed of everything random, unless a block has its own.
         name: short name of the model in files and reports.
     """
@@ -92,6 +93,7 @@ class Recipe:
     compress: tuple[Block, ...]
     targets: tuple[Target, ...] = ()
     verify: Verify = Field(default_factory=Verify)
+    profile: tuple[str, ...] = ()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "model"
 
@@ -131,6 +133,8 @@ def parse(text: str, name: str = "recipe.yaml", folder: Path = Path(), *, files:
         value["compress"] = _blocks(value["compress"], seed, reader)
     if "targets" in value:
         value["targets"] = _targets(value["targets"], reader)
+    if "profile" in value:
+        value["profile"] = _devices(value["profile"], reader)
     if isinstance(value.get("verify"), dict):
         value["verify"] = reader.check(Verify, value["verify"], ("verify",))
     for key in ("model", "data"):
@@ -203,6 +207,22 @@ def _targets(value: Any, reader: Reader) -> tuple[Target, ...]:
         _check_options(name, options, path, reader)
         targets.append(Target(name, options))  # type: ignore[arg-type]
     return tuple(targets)
+
+
+def _devices(value: Any, reader: Reader) -> tuple[str, ...]:
+    """Names of devices; whether what they need is there is seen when they are connected."""
+    from edgekit.devices import DEVICES
+
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list):
+        reader.fail(("profile",), f"found {shown(value)}; expected a list of devices ({', '.join(DEVICES)})")
+    for i, item in enumerate(items):
+        path: marked_yaml.Path = ("profile", i) if isinstance(value, list) else ("profile",)
+        if not isinstance(item, str) or item.partition(":")[0] not in DEVICES:
+            reader.fail(path, f"found {shown(item)}{closest(str(item).partition(':')[0], list(DEVICES))}")
+        if item in items[:i]:
+            reader.fail(path, f"{item!r} stands twice; keep one")
+    return tuple(items)
 
 
 def target(name: str, options: Mapping[str, Any]) -> Target:

@@ -13,11 +13,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from edgekit import profile_table
 from edgekit.errors import FormatError
-from edgekit.files import sha256, write_whole
+from edgekit.files import content_sha256, sha256, write_whole
 from edgekit.frozen import FrozenProgram, load
 from edgekit.metrics import HUGE
 from edgekit.parity import ArtifactParity, Parity, Stage
+from edgekit.profile import Profile
+from edgekit.profile import load as load_profiles
+from edgekit.targets import TARGETS, get
 
 __all__ = ["render", "write_report"]
 
@@ -68,6 +72,7 @@ def render(folder: Path) -> str:
         artifacts=parity.artifacts,
         layers=_layers(program, parity),
         totals=_totals(program),
+        profiles=[_profile(p, folder) for p in load_profiles(folder / "profile.json")],
         passes=_passes(record := _json(folder / "compress.json")),
         warnings=record.get("warnings", []) if isinstance(record, Mapping) else [],
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
@@ -230,6 +235,24 @@ def _totals(program: FrozenProgram) -> dict[str, int]:
         "parameters": sum(x.parameters for x in program.layers),
         "macs": sum(x.macs for x in program.layers),
         "bytes": sum(x.weight_bytes for x in program.layers),
+    }
+
+
+def _profile(found: Profile, folder: Path) -> dict[str, Any]:
+    """What was measured of a file, as texts; ``stale`` if the file is no longer the one that was measured."""
+    table, known = profile_table.layers(found), found.target in TARGETS and (folder / found.file).is_file()
+    fresh = known and content_sha256(folder / found.file, get(found.target).SUFFIX) == found.sha256
+    return {
+        "title": profile_table.title(found),
+        "columns": table.columns,
+        "rows": [[profile_table.text(v) for v in row] for row in table.rows],
+        "shares": [100 * layer.share for layer in found.layers],
+        "figures": [profile_table.figure(k, v) for k, v in found.figures.items()],
+        "machine": _flat(dict(found.fingerprint)),
+        "fits": [[profile_table.text(v) for v in profile_table.fit_row(f)] for f in found.fits],
+        "heads": profile_table.FITS,
+        "notes": [found.method, *found.notes],
+        "stale": not fresh,
     }
 
 

@@ -36,7 +36,7 @@ from edgekit.parity import ArtifactParity, LayerParity, Parity, Stage
 from edgekit.recipe import Verify
 from edgekit.stage_table import Arrays, output_lsb, stage_row, whole_steps
 from edgekit.stages import Evaluation, StageOutputs, judged_on, load_stage, spread
-from edgekit.targets import TARGETS, get
+from edgekit.targets import get, present
 
 __all__ = ["compare_layers", "verify_artifact", "verify_run"]
 
@@ -261,18 +261,11 @@ def _with_size(stage: Stage, stored: StageOutputs | None, program: FrozenProgram
 
 
 def _present(folder: Path, targets: Sequence[str] | None) -> list[str]:
-    names = list(targets) if targets is not None else [n for n in TARGETS if _has_file(folder, n)]
+    names = list(targets) if targets is not None else present(folder)
     for name in names:
         if not (folder / f"model{get(name).SUFFIX}").exists():
             raise InputError(f"{folder}: no model{get(name).SUFFIX}; make it with `edgekit export --target {name}`")
     return names
-
-
-def _has_file(folder: Path, name: str) -> bool:
-    try:
-        return (folder / f"model{get(name).SUFFIX}").exists()
-    except ModuleNotFoundError:
-        return False
 
 
 def _target(target: str | Any) -> tuple[str, Any]:

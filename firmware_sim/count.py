@@ -40,6 +40,7 @@ COMPILER_LIBRARY = (
     "__float",
 )
 C_LIBRARY = ("memcpy", "memset", "memmove", "memcmp", "strlen")
+_LIBRARIES = (*COMPILER_LIBRARY, *C_LIBRARY)
 SHIFT = 6
 """``-icount shift=6``: 2^6 ns of virtual time an instruction."""
 
@@ -58,14 +59,15 @@ class Counts:
     """By function; callees are not included."""
     marks: dict[str, int] = field(default_factory=dict)
     """By marked function: everything from an entry to the entry of the next mark, callees included, over all inferences."""
+    marks_library: dict[str, int] = field(default_factory=dict)
+    """Those of ``marks`` that libgcc and the C library took."""
     entries: dict[str, int] = field(default_factory=dict)
     """How often each marked function was entered (a jump back to its very first instruction would count too)."""
 
     @property
     def library(self) -> int:
         """Instructions in libgcc and the C library."""
-        names = (*COMPILER_LIBRARY, *C_LIBRARY)
-        return sum(n for name, n in self.functions.items() if name.startswith(names))
+        return sum(n for name, n in self.functions.items() if name.startswith(_LIBRARIES))
 
 
 def count(firmware: Firmware, data: bytes = b"", marks: Sequence[str] = (), limit: float = 300.0, plugin: bool = True) -> Counts:
@@ -110,13 +112,14 @@ def _by_plugin(firmware: Firmware, data: bytes, marks: Sequence[str], limit: flo
     names = [*marks, *(name for name in OUTSIDE if name in addresses and name not in marks)] if marks else []
     with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
         library, out = _plugin(Path(folder)), Path(folder) / "counts"
-        option = ",".join([str(library), f"out={out}", *(f"mark={addresses[name]:x}" for name in names)])
+        apart = [f"apart={start:x}-{start + size:x}" for start, size, name in table if name.startswith(_LIBRARIES)]
+        option = ",".join([str(library), f"out={out}", *(f"mark={addresses[name]:x}" for name in names), *apart])
         result = run(firmware, data, limit, ["-plugin", option]).checked()
         if not out.exists():
             raise MissingTool("this emulator takes no plugins")
         lines = out.read_text().splitlines()
     functions = _by_function(lines, table)
-    spans, entries = _by_mark(lines, names)
+    spans, apart_spans, entries = _by_mark(lines, names)
     total = sum(int(line.split()[2]) for line in lines if line.startswith("i "))
     wanted = set(marks)
     return Counts(
@@ -126,6 +129,7 @@ def _by_plugin(firmware: Firmware, data: bytes, marks: Sequence[str], limit: flo
         result=result,
         functions=functions,
         marks={name: n for name, n in spans.items() if name in wanted},
+        marks_library={name: n for name, n in apart_spans.items() if name in wanted},
         entries={name: n for name, n in entries.items() if name in wanted},
     )
 
@@ -142,20 +146,22 @@ def _by_function(lines: Sequence[str], table: Sequence[tuple[int, int, str]]) ->
     return dict(sorted(found.items()))
 
 
-def _by_mark(lines: Sequence[str], names: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
-    spans: Counter[str] = Counter(dict.fromkeys(names, 0))
-    entries: Counter[str] = Counter(dict.fromkeys(names, 0))
-    before: tuple[str, int] | None = None
+def _by_mark(lines: Sequence[str], names: Sequence[str]) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Instructions of each mark's spans, those of them in libraries, and how often each was entered."""
+    spans, apart, entries = (Counter(dict.fromkeys(names, 0)) for _ in range(3))
+    before: tuple[str, int, int] | None = None
     for line in lines:
         kind, *fields = line.split()
         if kind not in "mt":
             continue
+        total, library = int(fields[-2]), int(fields[-1])
         if before is not None:
-            spans[before[0]] += int(fields[-1]) - before[1]
+            spans[before[0]] += total - before[1]
+            apart[before[0]] += library - before[2]
         if kind == "m":
-            before = (names[int(fields[0])], int(fields[1]))
+            before = (names[int(fields[0])], total, library)
             entries[before[0]] += 1
-    return dict(spans), dict(entries)
+    return dict(spans), dict(apart), dict(entries)
 
 
 def _by_timer(firmware: Firmware, data: bytes, limit: float, note: str) -> Counts:

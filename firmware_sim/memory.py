@@ -10,6 +10,10 @@ from edgekit.firmware_sim.toolchain import Firmware, find
 __all__ = ["Memory", "measure", "symbols"]
 
 
+_FLASH = (".text", ".ARM.exidx", ".weights")
+_RAM = (".stack", ".data", ".bss", ".arena")
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes, by what they are for."""
@@ -24,6 +28,10 @@ class Memory:
     arena: int
     stack: int
     """Reserved; what a run used is :attr:`~edgekit.firmware_sim.qemu.Result.stack_bytes`."""
+    flash_span: int
+    """From the first to the last byte of flash, gaps for alignment included: what a part must have."""
+    ram_span: int
+    """The same of RAM."""
 
     @property
     def flash(self) -> int:
@@ -47,10 +55,14 @@ def measure(firmware: Firmware) -> Memory:
         [find("arm-none-eabi-size"), "-A", "-d", firmware.elf], capture_output=True, text=True, check=True
     ).stdout
     sizes: dict[str, int] = {}
+    ends = {"flash": firmware.board.flash_base, "ram": firmware.board.ram_base}
     for line in listing.splitlines():
         fields = line.split()
         if len(fields) == 3 and fields[1].isdigit():
             sizes[fields[0]] = int(fields[1])
+            place = "ram" if fields[0] in _RAM else "flash" if fields[0] in _FLASH else ""
+            if place:
+                ends[place] = max(ends[place], int(fields[1]) + int(fields[2]))
     at = sizes.get
     return Memory(
         flash_code=at(".text", 0) + at(".ARM.exidx", 0),
@@ -59,6 +71,8 @@ def measure(firmware: Firmware) -> Memory:
         bss=at(".bss", 0),
         arena=at(".arena", 0),
         stack=at(".stack", 0),
+        flash_span=ends["flash"] - firmware.board.flash_base + at(".data", 0),  # initial values lie behind the rest
+        ram_span=ends["ram"] - firmware.board.ram_base,
     )
 
 

@@ -1,8 +1,9 @@
 /* QEMU plugin (API 1): instructions executed, by address, and between marks.
  *
  * Debian's QEMU takes plugins but ships no header, so what is used of its interface is declared here.
- * Arguments: out=FILE, mark=ADDRESS (hexadecimal, repeated). Output: lines "i ADDRESS COUNT" and "m INDEX TOTAL": when the function
- * at the INDEX-th mark was entered, TOTAL instructions had been executed. The last line is "t TOTAL". */
+ * Arguments, numbers hexadecimal: out=FILE, mark=ADDRESS and apart=START-END (both repeated). Output: lines "i ADDRESS COUNT" and
+ * "m INDEX TOTAL APART": when the function at the INDEX-th mark was entered, TOTAL instructions had been executed, APART of them in
+ * the ranges. The last line is "t TOTAL APART". */
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -29,14 +30,14 @@ uint64_t qemu_plugin_insn_vaddr(const struct qemu_plugin_insn *);
 
 EXPORT int qemu_plugin_version = 1;
 
-enum { BUCKETS = 1 << 16, MARKS = 1024 };
+enum { BUCKETS = 1 << 16, MARKS = 1024, RANGES = 256 };
 typedef struct node {
     struct node *next;
     uint64_t address, count;
 } node;
 static node *table[BUCKETS];
-static uint64_t marks[MARKS], total;
-static size_t n_marks;
+static uint64_t marks[MARKS], ranges[RANGES][2], total, apart;
+static size_t n_marks, n_ranges;
 static FILE *out;
 
 static node *find(uint64_t address) {
@@ -51,7 +52,7 @@ static node *find(uint64_t address) {
 
 static void entered(unsigned cpu, void *index) {
     (void)cpu;
-    fprintf(out, "m %zu %llu\n", (size_t)index, (unsigned long long)total);
+    fprintf(out, "m %zu %llu %llu\n", (size_t)index, (unsigned long long)total, (unsigned long long)apart);
 }
 
 static void translated(qemu_plugin_id_t id, struct qemu_plugin_tb *tb) {
@@ -62,7 +63,11 @@ static void translated(qemu_plugin_id_t id, struct qemu_plugin_tb *tb) {
     qemu_plugin_register_vcpu_tb_exec_inline(tb, QEMU_PLUGIN_INLINE_ADD_U64, &total, n);
     for (size_t i = 0; i < n; i++) {
         struct qemu_plugin_insn *insn = qemu_plugin_tb_get_insn(tb, i);
-        qemu_plugin_register_vcpu_insn_exec_inline(insn, QEMU_PLUGIN_INLINE_ADD_U64, &find(qemu_plugin_insn_vaddr(insn))->count, 1);
+        const uint64_t address = qemu_plugin_insn_vaddr(insn);
+        qemu_plugin_register_vcpu_insn_exec_inline(insn, QEMU_PLUGIN_INLINE_ADD_U64, &find(address)->count, 1);
+        for (size_t r = 0; r < n_ranges; r++)
+            if (address >= ranges[r][0] && address < ranges[r][1])
+                qemu_plugin_register_vcpu_insn_exec_inline(insn, QEMU_PLUGIN_INLINE_ADD_U64, &apart, 1);
     }
 }
 
@@ -70,7 +75,7 @@ static void ended(qemu_plugin_id_t id, void *unused) {
     (void)id, (void)unused;
     for (size_t i = 0; i < BUCKETS; i++)
         for (node *n = table[i]; n; n = n->next) fprintf(out, "i %llx %llu\n", (unsigned long long)n->address, (unsigned long long)n->count);
-    fprintf(out, "t %llu\n", (unsigned long long)total);
+    fprintf(out, "t %llu %llu\n", (unsigned long long)total, (unsigned long long)apart);
     fclose(out);
 }
 
@@ -78,6 +83,11 @@ EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int
     (void)info;
     for (int i = 0; i < argc; i++) {
         if (!strncmp(argv[i], "out=", 4)) out = fopen(argv[i] + 4, "w");
+        char *end;
+        if (!strncmp(argv[i], "apart=", 6) && n_ranges < RANGES) {
+            ranges[n_ranges][0] = strtoull(argv[i] + 6, &end, 16);
+            ranges[n_ranges++][1] = strtoull(*end ? end + 1 : end, NULL, 16);
+        }
         if (!strncmp(argv[i], "mark=", 5) && n_marks < MARKS) marks[n_marks++] = strtoull(argv[i] + 5, NULL, 16);
     }
     if (!out) return 1;

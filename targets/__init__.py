@@ -9,11 +9,12 @@ number only (the Cortex-M cores) are objects with these members in one module, w
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 from edgekit.errors import InputError
 
-__all__ = ["TARGETS", "get"]
+__all__ = ["TARGETS", "get", "present"]
 
 TARGETS: dict[str, str] = {
     "executorch": "edgekit.targets.executorch",
@@ -35,3 +36,8 @@ def get(name: str) -> Any:
     module, _, member = TARGETS[name].partition(":")
     found = importlib.import_module(module)
     return getattr(found, member) if member else found
+
+
+def present(folder: Path) -> list[str]:
+    """Names of the targets whose file is in a run folder."""
+    return [name for name in TARGETS if (Path(folder) / f"model{get(name).SUFFIX}").exists()]

@@ -5,17 +5,25 @@ A device is named on the command line by ``--device``: ``scheme`` or ``scheme:re
 any object with these members (there is no base class):
 
 ``name``
-    the spec it was made from.
+    the spec it was made from; where several mean the same device, one of them, so that it is measured once.
 ``targets``
     names of :data:`edgekit.targets.TARGETS` whose files it can run here, in order of preference.
 ``run(path, target, inputs, progress=None)``
     outputs for a batch, as the ``run`` of a target module gives them: one float32 array (N, ...) for each output.
 ``taps(path, target, program, sample)``
     each layer's int8 output, as the ``taps`` of a target module gives them; empty where the device cannot give any.
-``profile(path, target, program, settings, progress=None)``
-    an :class:`edgekit.profile.Profile`.
+``profile(path, target, program, settings, inputs, progress=None)``
+    an :class:`edgekit.profile.Profile`. ``inputs`` are a few samples (N, ...), one array for each input of the program: real ones
+    where the run has them, since a cost may depend on the data. ``file`` and ``sha256`` are filled in by the caller.
+``reference(path, target, program, sample)``
+    may be left out: what the device must compute for one sample (1, ...) to the last bit, as (layer to int8 output, outputs as
+    ``run`` gives them); ``verify`` demands equality. None where there is no such reference.
 ``close()``
     release what it holds (connections, folders); idempotent.
+
+A new device is one module with ``connect`` and one row in :data:`DEVICES`; ``edgekit profile``, ``edgekit verify --device`` and
+the recipe's ``profile:`` take it from there. Errors are those of :mod:`edgekit.errors`: an unknown name is an InputError that
+lists what there is, a missing tool a MissingTool; callers add the device's name where a message lacks it.
 """
 
 from __future__ import annotations
@@ -27,7 +35,7 @@ from edgekit.errors import InputError
 
 __all__ = ["DEVICES", "connect"]
 
-DEVICES: dict[str, str] = {}
+DEVICES: dict[str, str] = {"qemu": "edgekit.devices.board"}
 """Scheme to module; importing one starts nothing and imports no runtime."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from edgekit.firmware_sim.boards import board
 from edgekit.firmware_sim.kernels import HEADERS, SEMIHOST, SOURCES
 from edgekit.firmware_sim.qemu import Result, run
 from edgekit.firmware_sim.toolchain import Firmware, Project, build
-from edgekit.targets.cortex_m.preparation import from_stored, to_stored
+from edgekit.frozen import FrozenProgram
+from edgekit.targets.cortex_m.preparation import from_stored, prepare, taps_of, to_stored
 from edgekit.targets.cortex_m.project import Facts, load
 from edgekit.targets.cortex_m.reference import Int8
 
@@ -30,8 +32,11 @@ _DAMAGED = 0x61
 _UNCHECKED = "-DMODEL_CHECK=0"
 
 
-def built(folder: Path, *defines: str) -> tuple[Facts, Firmware]:
+def built(folder: Path, *defines: str, on: str = "") -> tuple[Facts, Firmware]:
     """The project of a folder, compiled as its Makefile would; kept until the process ends.
+
+    Args:
+        on: another board than the one it was exported for, of the same core.
 
     Raises:
         FormatError: no project, or files of it are missing.
@@ -39,6 +44,8 @@ def built(folder: Path, *defines: str) -> tuple[Facts, Firmware]:
     """
     folder = Path(folder)
     facts = load(folder)
+    if on:
+        facts = replace(facts, build=replace(facts.build, board=on))
     total = hashlib.sha256()
     for name in (
         "model.c",
@@ -78,7 +85,7 @@ def _build(source: Path, digest: str, facts: Facts, defines: tuple[str, ...]) ->
     return _elfs[key]
 
 
-def boot(folder: Path, data: bytes, samples: int, *defines: str) -> tuple[Facts, Result]:
+def boot(folder: Path, data: bytes, samples: int, *defines: str, on: str = "") -> tuple[Facts, Result]:
     """One boot with ``data`` as input.
 
     A project whose weights were altered fails its CRC; it then runs without the check, so that verification can name the layer.
@@ -86,17 +93,17 @@ def boot(folder: Path, data: bytes, samples: int, *defines: str) -> tuple[Facts,
     Raises:
         FirmwareFault: the firmware ended by a fault.
     """
-    facts, firmware = built(folder, *defines)
+    facts, firmware = built(folder, *defines, on=on)
     limit = 60.0 + samples * facts.macs * 1e-6
     result = run(firmware, data, limit)
     if result.code == _DAMAGED:
-        _, firmware = built(folder, *defines, _UNCHECKED)
+        _, firmware = built(folder, *defines, _UNCHECKED, on=on)
         result = run(firmware, data, limit)
     return facts, result.checked()
 
 
 def outputs(
-    folder: Path, inputs: Sequence[NDArray[Any]], progress: Callable[[int, int], None] | None = None
+    folder: Path, inputs: Sequence[NDArray[Any]], progress: Callable[[int, int], None] | None = None, on: str = ""
 ) -> list[NDArray[np.float32]]:
     """The program's outputs for a batch, (N, ...) each, as the firmware computes them.
 
@@ -112,7 +119,7 @@ def outputs(
     for start in range(0, total, each):
         stop = min(start + each, total)
         data = b"".join(x.tobytes() for i in range(start, stop) for x in to_stored(facts.inputs, [v[i : i + 1] for v in inputs]))
-        _, result = boot(folder, data, stop - start)
+        _, result = boot(folder, data, stop - start, on=on)
         pieces = iter(_split(result.output, [spec.size for spec in facts.outputs] * (stop - start)))
         for _ in range(start, stop):
             for kept, spec in zip(results, facts.outputs, strict=True):
@@ -123,13 +130,20 @@ def outputs(
     return [np.concatenate(r) if r else np.zeros((0, *spec.shape[1:]), np.float32) for spec, r in ordered]
 
 
-def tapped(folder: Path, sample: Sequence[NDArray[Any]]) -> tuple[list[Int8], list[Int8]]:
-    """What the firmware computes for one sample (1, ...): the stored inputs, and each step's output, flat."""
+def tapped(folder: Path, program: FrozenProgram, sample: Sequence[NDArray[Any]], on: str = "") -> dict[str, Int8]:
+    """Each layer's int8 output as the firmware computed it for one sample (1, ...), in the program's layout.
+
+    The same project is built with ``-DMODEL_TAPS``: each step writes its output to the host after it ran.
+    """
     facts = load(folder)
+    firmware = prepare(program, facts.build.kernel_set)
     stored = to_stored(facts.inputs, sample)
-    _, result = boot(folder, b"".join(x.tobytes() for x in stored), 1, "-DMODEL_TAPS")
+    _, result = boot(folder, b"".join(x.tobytes() for x in stored), 1, "-DMODEL_TAPS", on=on)
     sizes = [size for *_, size in facts.steps]
-    return stored, _split(result.output, [*sizes, *(spec.size for spec in facts.outputs)])[: len(sizes)]
+    steps = _split(result.output, [*sizes, *(spec.size for spec in facts.outputs)])[: len(sizes)]
+    tensors = {port.tensor: values for port, values in zip(firmware.inputs, stored, strict=True)}
+    tensors |= {step.output: values for step, values in zip(firmware.steps, steps, strict=False)}
+    return taps_of(firmware, tensors)
 
 
 def _split(content: bytes, sizes: Sequence[int]) -> list[Int8]:

@@ -1,0 +1,120 @@
+"""Which file of a run a device measures, with which samples, and what becomes of it in ``profile.json``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit import devices
+from edgekit.errors import EdgekitError, InputError
+from edgekit.files import content_sha256
+from edgekit.frozen import FrozenProgram, load
+from edgekit.profile import Profile, Settings, save
+from edgekit.stages import judged_on, load_stage
+from edgekit.targets import get
+
+__all__ = ["SAMPLES", "connected", "pairs", "profile_run", "samples"]
+
+SAMPLES = 4
+"""How many samples a device gets: some costs depend on the data."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@contextlib.contextmanager
+def connected(specs: Sequence[str]) -> Iterator[list[Any]]:
+    """Devices by their names, each once, closed at the end.
+
+    Raises:
+        InputError, MissingTool: as :func:`edgekit.devices.connect`.
+    """
+    with contextlib.ExitStack() as stack:
+        found: dict[str, Any] = {}
+        for spec in specs:
+            device = devices.connect(spec)
+            stack.callback(device.close)
+            found.setdefault(device.name, device)
+        yield list(found.values())
+
+
+def pairs(
+    found: Sequence[Any], targets: Sequence[str] | None, there: Sequence[str], *, exported: bool = False
+) -> list[tuple[Any, str]]:
+    """What is measured where: (device, target), in order.
+
+    Args:
+        found: devices.
+        targets: those asked for; None: every one of ``there`` that the device runs, else the one it likes best.
+        there: targets that are exported, or will be.
+        exported: nothing else than ``there`` will be.
+
+    Raises:
+        InputError: a device that runs none of the targets.
+    """
+    chosen = []
+    for device in found:
+        names = [t for t in device.targets if t in there] or [device.targets[0]] if targets is None else list(targets)
+        runs = [name for name in names if get(name) and name in device.targets]
+        if not runs:
+            raise InputError(f"device {device.name} runs {', '.join(device.targets)}, not {', '.join(names)}")
+        if exported and not set(runs) <= set(there):
+            raise InputError(
+                f"profile: device {device.name} runs {', '.join(device.targets)}; add one of them to the recipe's targets"
+            )
+        chosen += [(device, name) for name in runs]
+    return chosen
+
+
+def samples(folder: Path, program: FrozenProgram) -> tuple[list[NDArray[Any]], list[str]]:
+    """Up to :data:`SAMPLES` samples (N, ...) for each input, and notes: samples stored in the run, else random ones."""
+    path = Path(folder) / "stage_float.npz"
+    evaluation, _, notes = judged_on(program, None, {"float": load_stage(path)} if path.exists() else {})
+    chosen = evaluation.take(np.arange(min(SAMPLES, len(evaluation))))
+    return [np.ascontiguousarray(x.numpy()) for x in chosen.inputs], [] if path.exists() else notes
+
+
+def profile_run(
+    folder: Path,
+    chosen: Sequence[tuple[Any, str]],
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> tuple[Profile, ...]:
+    """Measure files of a run folder and add what was found to its ``profile.json``.
+
+    Args:
+        chosen: as :func:`pairs` gives them; the files are there.
+
+    Raises:
+        EdgekitError: from a device; its name is in the message.
+    """
+    folder, settings = Path(folder), settings or Settings()
+    program = load(folder / "frozen.pt2")
+    inputs, notes = samples(folder, program)
+    found = []
+    for device, target in chosen:
+        path = folder / f"model{get(target).SUFFIX}"
+        what = f"{target} on {device.name}"
+        if progress:
+            progress(what, 0, 0)
+        try:
+            made = device.profile(path, target, program, settings, inputs, _named(progress, what))
+        except EdgekitError as error:
+            raise type(error)(str(error) if device.name in str(error) else f"{device.name}: {error}") from error
+        digest = content_sha256(path, get(target).SUFFIX)
+        found.append(replace(made, file=path.relative_to(folder).as_posix(), sha256=digest, notes=(*made.notes, *notes)))
+        if progress:
+            progress(what, 1, 1)
+    save(folder / "profile.json", *found)
+    return tuple(found)
+
+
+def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+    return lambda done, total: progress(what, done, total)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["ATEN", "arguments", "canonicalize", "pair"]
+__all__ = ["ATEN", "arguments", "assign_tensor", "canonicalize", "drop_unused_tensors", "pair", "traced_value"]
 
 ATEN: Any = torch.ops.aten
 
@@ -53,19 +53,19 @@ def canonicalize(module: fx.GraphModule) -> None:
     module.delete_all_unused_submodules()
     module.graph.lint()
     module.recompile()
-    _drop_unused_tensors(module)
+    drop_unused_tensors(module)
 
 
 def _replace(node: fx.Node, build: Callable[[fx.Graph], fx.Node]) -> None:
     with node.graph.inserting_before(node):
         new = build(node.graph)
     for made in reversed(_between(new, node)):
-        made.meta = {**node.meta, "val": node.meta.get("val") if made is new else _traced_value(made)}
+        made.meta = {**node.meta, "val": node.meta.get("val") if made is new else traced_value(made)}
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
 
 
-def _traced_value(node: fx.Node) -> Any:
+def traced_value(node: fx.Node) -> Any:
     """The fake value of an inserted node, from those of its arguments."""
 
     def value(n: fx.Node) -> Any:
@@ -147,7 +147,7 @@ def _one_dimensional(module: fx.GraphModule, node: fx.Node) -> None:
             name = str(weight.target)
             value = _tensor(module, name)
             if value.dim() == 3:
-                _assign(module, name, value.unsqueeze(2))
+                assign_tensor(module, name, value.unsqueeze(2))
                 if "val" in weight.meta:
                     weight.meta["val"] = weight.meta["val"].unsqueeze(2)
             y = graph.call_function(
@@ -195,11 +195,11 @@ def _scale_producer(module: fx.GraphModule, producer: fx.Node, factor: Tensor, s
     assert isinstance(weight_node, fx.Node)
     name = str(weight_node.target)
     weight = _tensor(module, name)
-    _assign(module, name, (weight.double() * factor.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype))
+    assign_tensor(module, name, (weight.double() * factor.view(-1, *[1] * (weight.dim() - 1))).to(weight.dtype))
     old = _tensor(module, str(bias_node.target)).double() if isinstance(bias_node, fx.Node) else 0.0
     bias = (old * factor + shift).to(weight.dtype)
     bias_name = name.removesuffix("weight") + "bias" if name.endswith("weight") else f"{name}_bias"
-    _assign(module, bias_name, bias)
+    assign_tensor(module, bias_name, bias)
     with producer.graph.inserting_before(producer):
         producer.update_arg(2, producer.graph.get_attr(bias_name)) if len(producer.args) > 2 else producer.insert_arg(
             2, producer.graph.get_attr(bias_name)
@@ -209,8 +209,8 @@ def _scale_producer(module: fx.GraphModule, producer: fx.Node, factor: Tensor, s
 def _as_depthwise(module: fx.GraphModule, node: fx.Node, x: fx.Node, factor: Tensor, shift: Tensor, path: str) -> None:
     dtype = x.meta["val"].dtype
     weight, bias = f"{path}.weight" if path else "bn_weight", f"{path}.bias" if path else "bn_bias"
-    _assign(module, weight, factor.view(-1, 1, 1, 1).to(dtype))
-    _assign(module, bias, shift.to(dtype))
+    assign_tensor(module, weight, factor.view(-1, 1, 1, 1).to(dtype))
+    assign_tensor(module, bias, shift.to(dtype))
 
     def build(graph: fx.Graph) -> fx.Node:
         nodes = graph.get_attr(weight), graph.get_attr(bias)
@@ -344,7 +344,7 @@ def _tensor(module: fx.GraphModule, name: str) -> Tensor:
     return value.detach()
 
 
-def _assign(module: fx.GraphModule, name: str, value: Tensor) -> None:
+def assign_tensor(module: fx.GraphModule, name: str, value: Tensor) -> None:
     """Set a tensor by dotted name, as a buffer-free plain parameter of the flat module."""
     owner_name, _, leaf = name.rpartition(".")
     if owner_name:
@@ -358,7 +358,8 @@ def _assign(module: fx.GraphModule, name: str, value: Tensor) -> None:
     owner.register_parameter(leaf, torch.nn.Parameter(value.contiguous(), requires_grad=False))
 
 
-def _drop_unused_tensors(module: fx.GraphModule) -> None:
+def drop_unused_tensors(module: fx.GraphModule) -> None:
+    """Delete the parameters and buffers that no ``get_attr`` node reads."""
     used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
     for prefix, owner in list(module.named_modules()):
         for table in (owner._parameters, owner._buffers):

@@ -1,17 +1,24 @@
-"""Run the compression blocks of a recipe, in order, on one model."""
+"""Run the compression blocks of a recipe, in order, on one model.
+
+Float passes (``rewrite``, ``lowrank``, ``repair``) turn the captured graph into another one; ``ptq`` and ``qat`` then decide the
+integers. A recipe without them gives a frozen program in float, said so.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from torch import fx, nn
 
 from edgekit.compress.capture import Graph, capture
+from edgekit.compress.passes import FloatPass
 from edgekit.compress.ptq.freeze import freeze
 from edgekit.compress.ptq.plan import Plan
 from edgekit.compress.ptq.quantize import Progress, quantize, train
+from edgekit.compress.ptq.units import find_units
 from edgekit.data import Data, sample_inputs
 from edgekit.errors import InputError
 from edgekit.frozen import FrozenProgram
@@ -41,13 +48,24 @@ class Compressed:
     record: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _State:
+    """The model between two blocks; ``plan`` is None until it is quantized."""
+
+    original: Graph
+    graph: Graph
+    plan: Plan | None = None
+    passes: tuple[dict[str, Any], ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
 def apply(
     model: nn.Module, blocks: Sequence[_Block], data: Data, *, name: str = "model", progress: Progress | None = None
 ) -> Compressed:
-    """Compress ``model`` by ``blocks``, each with a ``kind`` ("ptq", "qat") and its ``settings``.
+    """Compress ``model`` by ``blocks``, each with a ``kind`` ("lowrank", "ptq", "qat", ...) and its ``settings``.
 
     Raises:
-        InputError: no blocks.
+        InputError: no blocks, or a float pass after quantization.
         ModelError, DataError: see :func:`edgekit.compress.capture.capture` and :func:`edgekit.compress.ptq.plan.make_plan`.
     """
     if not blocks:
@@ -55,17 +73,52 @@ def apply(
     from edgekit.compress.ptq.simulate import simulate
 
     graph = capture(model, sample_inputs(model, data))
-    plan: Plan | None = None
-    passes: list[dict[str, Any]] = []
+    state = _State(graph, graph)
     for block in blocks:
-        step: Callable[..., tuple[Graph, Plan]] = quantize if block.kind == "ptq" else train
-        graph, plan = step(graph, block.settings, data, plan, progress)
-        passes.append({"kind": block.kind, "settings": asdict(block.settings), "layers": dict(plan.changes)})
-    assert plan is not None
-    program = freeze(graph, plan, name)
+        state = _STEPS[block.kind](state, block, data, progress)
+    plan = state.plan or _float_plan(state.graph)
+    program = freeze(state.graph, plan, name)
     record = {
-        "passes": passes,
+        "passes": list(state.passes),
         "unquantized": [[u.layer, u.op, u.reason] for u in plan.unquantized],
-        "warnings": list(plan.warnings),
+        "warnings": [*state.warnings, *plan.warnings],
     }
-    return Compressed(program, simulate(graph, plan), record)
+    return Compressed(program, simulate(state.graph, plan), record)
+
+
+def _quantizing(
+    step: Callable[..., tuple[Graph, Plan]], state: _State, block: _Block, data: Data, progress: Progress | None
+) -> _State:
+    graph, plan = step(state.graph, block.settings, data, state.plan, progress)
+    entry = {"kind": block.kind, "settings": asdict(block.settings), "layers": dict(plan.changes)}
+    return replace(state, graph=graph, plan=plan, passes=(*state.passes, entry))
+
+
+def _in_float(load: Callable[[], FloatPass], state: _State, block: _Block, data: Data, progress: Progress | None) -> _State:
+    if state.plan is not None:
+        raise InputError(f"compress: `{block.kind}` works on the float model; put it before ptq and qat")
+    graph, record = load()(state.graph, block.settings, data, state.original, progress)
+    entry = {"kind": block.kind, "settings": asdict(block.settings), **record.to_json()}
+    return replace(state, graph=graph, passes=(*state.passes, entry), warnings=(*state.warnings, *record.warnings))
+
+
+def _lowrank() -> FloatPass:
+    from edgekit.compress.lowrank.step import lowrank
+
+    return lowrank
+
+
+_STEPS: dict[str, Callable[[_State, _Block, Data, Progress | None], _State]] = {
+    "lowrank": partial(_in_float, _lowrank),
+    "ptq": partial(_quantizing, quantize),
+    "qat": partial(_quantizing, train),
+}
+"""Block to what it does to the state; float passes are imported when they are used."""
+
+
+def _float_plan(graph: Graph) -> Plan:
+    """A plan without integers, for a recipe that quantizes nothing."""
+    _, found = find_units(graph, skip=(".*",))
+    reason = "the recipe has no ptq or qat step"
+    unquantized = tuple(replace(u, reason=reason) if "`skip`" in u.reason else u for u in found)
+    return Plan((), {}, {}, unquantized, ("nothing is quantized: the recipe has no ptq or qat step, every file is float32",))

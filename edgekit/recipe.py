@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from edgekit import marked_yaml
+from edgekit.compress.lowrank.settings import LowRank
 from edgekit.compress.ptq.settings import PTQ, QAT
 from edgekit.errors import RecipeError
 from edgekit.validation import Reader, closest, shown
@@ -25,7 +26,9 @@ __all__ = ["NAMED", "SETTINGS", "Block", "Recipe", "Target", "Verify", "dump", "
 
 _FORBID = ConfigDict(extra="forbid")
 
-SETTINGS: dict[str, type[PTQ] | type[QAT]] = {"ptq": PTQ, "qat": QAT}
+Settings = LowRank | PTQ | QAT
+
+SETTINGS: dict[str, type[Settings]] = {"lowrank": LowRank, "ptq": PTQ, "qat": QAT}
 """Compression block to its settings class."""
 
 NAMED: dict[str, Mapping[str, Any]] = {
@@ -59,10 +62,10 @@ class Verify:
 
 @dataclass(frozen=True, config=_FORBID)
 class Block:
-    """One step of compression: "ptq" or "qat" and its settings."""
+    """One step of compression: a key of :data:`SETTINGS` and its settings."""
 
-    kind: Literal["ptq", "qat"]
-    settings: PTQ | QAT
+    kind: Literal["lowrank", "ptq", "qat"]
+    settings: Settings
 
 
 @dataclass(frozen=True, config=_FORBID)
@@ -80,7 +83,7 @@ class Recipe:
     Attributes:
         model: ``file.py:factory``, ``package.module:factory`` or a ``.pt2`` file; the factory returns an ``nn.Module``.
         data: ``file.py:factory`` or ``package.module:factory``; the factory returns an ``edgekit.data.Data``.
-        compress: what is done to the model, in order: ``ptq``, ``qat``, or a name such as ``static_wi8_ai8``.
+        compress: what is done to the model, in order: ``lowrank``, ``ptq``, ``qat``, or a name such as ``static_wi8_ai8``.
         targets: what it is lowered to, each a name or a name with options.
         verify: what counts as equal.
         profile: devices that files are measured on, such as ``local`` or ``qemu:mps2-an386``.
@@ -150,7 +153,7 @@ def replace(
     """The recipe with values from the command line: ``seed`` and ``device`` go into every block that has such a setting."""
     given: dict[str, Any] = {k: v for k, v in {"seed": seed, "device": device}.items() if v is not None}
 
-    def changed(settings: PTQ | QAT) -> PTQ | QAT:
+    def changed(settings: Settings) -> Settings:
         known = {f.name for f in dataclasses.fields(settings)}
         return dataclasses.replace(settings, **{k: v for k, v in given.items() if k in known})
 

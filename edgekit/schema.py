@@ -55,7 +55,7 @@ def tables() -> str:
     """One Markdown table of settings for each part of a recipe."""
     from edgekit.targets import TARGETS, get
 
-    parts = {"Keys of a recipe": Recipe, "`ptq`": SETTINGS["ptq"], "`qat`": SETTINGS["qat"], "`verify`": Verify}
+    parts = {"Keys of a recipe": Recipe, **{f"`{name}`": kind for name, kind in SETTINGS.items()}, "`verify`": Verify}
     groups: dict[type[Any], list[str]] = {}
     for name in TARGETS:  # the Cortex-M cores share theirs
         groups.setdefault(get(name).Options, []).append(f"`{name}`")

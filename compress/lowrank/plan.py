@@ -1,0 +1,167 @@
+"""From layers and calibration moments to the thin layers that replace them; no graph and no module in sight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from edgekit.compress.lowrank.choose import Candidate, choose, nothing_pays, spend
+from edgekit.compress.lowrank.layers import Layer, Part, effective_weight
+from edgekit.compress.lowrank.moments import Moments
+from edgekit.compress.lowrank.settings import BUDGETS, LowRank, Rank, parse_rank
+from edgekit.compress.lowrank.split import Option, Split, split_layer
+from edgekit.errors import InputError
+
+__all__ = ["Factorized", "Model", "factorize_layers", "refusal", "schemes_of"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a budget needs to know of the whole model.
+
+    Attributes:
+        params: values of all its tensors.
+        size: bytes of them in a frozen program with 8-bit weights: four for each value of a vector (a bias), one for others.
+        macs: multiply-accumulates for one sample.
+        outputs: the model's outputs on some calibration samples with the weights of these parameter names replaced.
+    """
+
+    params: int
+    size: int
+    macs: int
+    outputs: Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Factorized:
+    """A layer that was split: what was chosen, and the thin layers."""
+
+    layer: Layer
+    option: Option
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """For records: "64 x 576 to rank 28 (ced), ..."."""
+        o, dense = self.option, self.layer
+        kept = o.params / dense.weight.numel()
+        return (
+            f"{dense.rows} x {dense.columns} to rank {o.rank} ({'linear' if dense.is_linear else o.scheme}), "
+            f"{kept:.0%} of the weights, relative error {o.error:.3g}"
+        )
+
+
+def schemes_of(settings: LowRank) -> tuple[str, ...]:
+    """The schemes tried on a convolution."""
+    return ("ced", "spatial", "tucker") if settings.scheme == "auto" else (settings.scheme,)
+
+
+def refusal(layer: Layer, settings: LowRank) -> str:
+    """Why a layer is not to be touched, "" if it may be."""
+    if settings.include and not any(re.fullmatch(p, layer.name) for p in settings.include):
+        return "not in `include`"
+    if any(re.fullmatch(p, layer.name) for p in settings.exclude):
+        return "in `exclude`"
+    if layer.groups > 1 and layer.weight.shape[1] == 1:
+        return "a depthwise convolution has nothing to factorize"
+    least = min(layer.rows, layer.columns)
+    return f"only {least} features (`min_features`)" if least < settings.min_features else ""
+
+
+def factorize_layers(
+    layers: Sequence[Layer],
+    moments: Mapping[str, Moments],
+    settings: LowRank,
+    model: Model | None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, Factorized], dict[str, str]]:
+    """Split every layer for which it pays.
+
+    Args:
+        layers: those that :func:`refusal` lets through.
+        moments: layer name to moments; empty for solvers without data.
+        model: needed by budgets.
+        progress: called with (layers done, layers).
+
+    Returns:
+        Layer name to what was done, and to why nothing was.
+
+    Raises:
+        InputError: a budget that cannot be reached.
+    """
+    rank = parse_rank(settings.rank)
+    done: dict[str, Factorized] = {}
+    left: dict[str, str] = {}
+    chosen: Mapping[str, Option | None] = {}
+    if rank.kind in BUDGETS:
+        assert model is not None
+        chosen = _by_budget(layers, moments, settings, rank, model)
+    for i, layer in enumerate(layers):
+        split = _split(layer, moments, settings, int(rank.value) if rank.kind == "rank" else None)
+        if rank.kind not in BUDGETS:
+            option = choose(split, rank, settings.multiple)
+        elif split.options:
+            option = chosen[layer.name] or "it costs the model more than it saves within the budget"
+        else:
+            option = nothing_pays(split, settings.multiple)
+        if isinstance(option, str):
+            left[layer.name] = option
+        else:
+            done[layer.name] = Factorized(layer, option, split.build(option))
+        if progress:
+            progress(i + 1, len(layers))
+    return done, left
+
+
+def _split(layer: Layer, moments: Mapping[str, Moments], settings: LowRank, exact: int | None) -> Split:
+    return split_layer(
+        layer,
+        moments.get(layer.name) if settings.solver == "svd_data" else None,
+        solver=settings.solver,
+        schemes=schemes_of(settings),
+        multiple=settings.multiple,
+        iterations=settings.iterations,
+        seed=settings.seed,
+        exact=exact,
+    )
+
+
+def _by_budget(
+    layers: Sequence[Layer], moments: Mapping[str, Moments], settings: LowRank, rank: Rank, model: Model
+) -> Mapping[str, Option | None]:
+    dense = "macs" if rank.kind == "macs" else "params"
+    wanted = model.outputs({})
+    candidates = []
+    for layer in layers:
+        split = _split(layer, moments, settings, None)
+        if split.options:
+            harm = _sensitivity(split, wanted, model)
+            candidates.append(Candidate(layer.name, getattr(split, dense), split.options, harm))
+    if not candidates:
+        raise InputError(f"lowrank: {settings.rank} cannot be reached: no layer can be factorized with a saving")
+    total = {"params": model.params, "size": model.size, "macs": model.macs}[rank.kind]
+    fixed = total - sum(c.dense for c in candidates)
+    budget = (rank.value if rank.kind == "size" else rank.value * total) - fixed
+    return spend(candidates, _COSTS[rank.kind], budget, str(settings.rank))
+
+
+_COSTS: dict[str, Callable[[Option], float]] = {
+    "params": lambda o: o.params + o.biases,
+    "size": lambda o: o.params + 4 * o.biases,
+    "macs": lambda o: o.macs,
+}
+
+
+def _sensitivity(split: Split, wanted: Sequence[Tensor], model: Model) -> float:
+    """Relative squared error of the model's outputs for each unit of the layer's, at the rank whose error is nearest to 0.1."""
+    option = min(split.options, key=lambda o: abs(o.error - 0.1))
+    weight = effective_weight(split.layer, split.build(option)).to(split.layer.weight.dtype)
+    found = model.outputs({split.layer.parameter: weight})
+    harm = 0.0
+    for a, b in zip(wanted, found, strict=True):
+        spread = (a - a.mean(0, keepdim=True)).square().sum() if len(a) > 1 else a.square().sum()
+        harm += float((a - b).square().sum() / spread.clamp(min=1e-30))
+    return max(harm, 1e-12) / max(option.error, 1e-6)

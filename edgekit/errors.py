@@ -9,6 +9,7 @@
     ├── UnsupportedError            2   a target cannot take this operator; says which layer, where, and the remedy
     ├── ParityError                 1   an artefact does not compute what the frozen program says
     ├── FirmwareFault               1   a firmware ended by a fault on its board
+    ├── DeviceError                 3   a device cannot be reached, is full or busy, or lost the process that ran there
     └── MissingTool                 3   an optional package or a program is not installed
 
 A message says where, what was found and what to do, in one sentence. Nothing is printed as a traceback unless it is a bug.
@@ -20,6 +21,7 @@ from typing import ClassVar
 
 __all__ = [
     "DataError",
+    "DeviceError",
     "EdgekitError",
     "FirmwareFault",
     "FormatError",
@@ -73,6 +75,12 @@ class FirmwareFault(EdgekitError):
     """A firmware on a board ended by a fault; the message says which and where."""
 
     exit_code: ClassVar[int] = 1
+
+
+class DeviceError(EdgekitError):
+    """A device failed: not reachable, unknown host key, no room, in use by another, or the process there was lost."""
+
+    exit_code: ClassVar[int] = 3
 
 
 class MissingTool(EdgekitError):

@@ -68,6 +68,7 @@ class Profile:
         macs: multiply-accumulates for one sample.
         layers: in execution order; empty if not measured.
         figures: further numbers by name, the unit in the name (``p90_microseconds``, ``flash_bytes``, ``stack_bytes``, ...).
+        series: a row a second of a sustained run: ``seconds``, ``median_microseconds``, and where known ``temperature_celsius``.
         fingerprint: what identifies the machine and its state; empty for an emulated board.
         fits: boards and parts by name with their margins in bytes, where the target is firmware.
         method: how it was measured, in words.
@@ -87,6 +88,7 @@ class Profile:
     fits: tuple[Mapping[str, Any], ...] = ()
     method: str = ""
     notes: tuple[str, ...] = ()
+    series: tuple[Mapping[str, float], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -110,6 +112,7 @@ def load(path: Path) -> tuple[Profile, ...]:
                     "layers": tuple(LayerCost(**x) for x in p["layers"]),
                     "fits": tuple(p["fits"]),
                     "notes": tuple(p["notes"]),
+                    "series": tuple(p.get("series", ())),
                 }
             )
             for p in found["profiles"]

@@ -162,7 +162,7 @@ def test_a_recipe_profiles(finished: Path, tmp_path: Path, abacus: list[Abacus])
 def test_a_recipe_names_devices_that_are_there() -> None:
     base = "model: a.b:c\ndata: a.b:c\ncompress: static_wi8_ai8\n"
     assert parse(base + "profile: qemu:mps2-an386").profile == ("qemu:mps2-an386",)
-    with pytest.raises(RecipeError, match=r"recipe.yaml:5: profile.1: found 'sundial:3'; allowed: qemu"):
+    with pytest.raises(RecipeError, match=r"recipe.yaml:5: profile.1: found 'sundial:3'; allowed: .*qemu"):
         parse(base + "profile: [qemu:microbit,\n  sundial:3]")
     with pytest.raises(RecipeError, match="'qemu:microbit' stands twice"):
         parse(base + "profile: [qemu:microbit, qemu:microbit]")

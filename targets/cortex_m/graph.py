@@ -16,7 +16,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from edgekit.targets.cortex_m.memory import Buffer, Placement, place
+from edgekit.targets.cortex_m.memory import Buffer, Placement, Trail, place
 
 __all__ = ["Firmware", "Port", "Spec", "Step", "Tensor", "lifetimes", "plan"]
 
@@ -65,6 +65,8 @@ class Step:
         macs: multiply-accumulates.
         bits: of the stored weights (8 where there are none).
         scratch: bytes that the kernel needs while it runs.
+        trail: bytes by which the output must start below input 0 if it is to be written over it while the kernel reads it
+            (:class:`~edgekit.targets.cortex_m.memory.Trail`); None: they must not overlap.
         reuse: the input (position in ``inputs``) whose bytes the output takes over; None: it has its own.
     """
 
@@ -77,6 +79,7 @@ class Step:
     macs: int = 0
     bits: int = 8
     scratch: int = 0
+    trail: int | None = None
     reuse: int | None = None
 
 
@@ -185,7 +188,7 @@ def plan(firmware: Firmware, in_place: Mapping[str, Sequence[int]]) -> Firmware:
     """
     reuse = _reuse(firmware, in_place)
     owner, buffers = lifetimes(firmware, reuse)
-    placed: Placement = place(buffers)
+    placed: Placement = place(buffers, _trails(firmware, owner, buffers))
     scratch = iter(placed.offsets[len(buffers) - sum(bool(s.scratch) for s in firmware.steps) :])
     return replace(
         firmware,
@@ -195,6 +198,17 @@ def plan(firmware: Firmware, in_place: Mapping[str, Sequence[int]]) -> Firmware:
         arena=placed.size,
         bound=placed.bound,
     )
+
+
+def _trails(firmware: Firmware, owner: Sequence[int], buffers: Sequence[Buffer]) -> list[Trail]:
+    """Where a step's output may lie over its input: nobody needs the input afterwards."""
+    found = []
+    for time, step in enumerate(firmware.steps):
+        if step.trail is not None:
+            source, target = owner[step.inputs[0]], owner[step.output]
+            if source != target and buffers[source].last == time == buffers[target].first:
+                found.append(Trail(source, target, step.trail))
+    return found
 
 
 def _reuse(firmware: Firmware, in_place: Mapping[str, Sequence[int]]) -> list[int | None]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.firmware_sim import kernels as sim
+from edgekit.targets.cortex_m import trails
 from edgekit.targets.cortex_m.graph import Step
 
 __all__ = ["IN_PLACE", "KERNELS", "Call", "Constant", "Field", "Kernel", "Struct", "calls", "packed"]
@@ -68,12 +69,14 @@ class Kernel:
         constants: the arrays of a step as they are stored in flash.
         in_place: positions of the inputs over which the output may be written.
         scratch: bytes that it needs while it runs, for a step and a kernel set ("portable", "dsp", "mve").
+        trail: how far its output must start below its input if it may lie over it (:mod:`~edgekit.targets.cortex_m.trails`).
     """
 
     calls: Callable[[Step], Sequence[Call]]
     constants: Callable[[Step], Sequence[Constant]] = lambda step: ()
     in_place: tuple[int, ...] = ()
     scratch: Callable[[Step, str], int] = lambda step, kernel_set: 0
+    trail: Callable[[Step, str], int | None] = lambda step, kernel_set: None
 
 
 def calls(step: Step) -> Sequence[Call]:
@@ -141,13 +144,15 @@ def _conv2d(step: Step) -> list[Call]:
 
 def _conv2d_scratch(step: Step, kernel_set: str) -> int:
     v = step.values
-    inside = all((v["out"][i] - 1) * v["stride"][i] + 1 <= v["in"][i] for i in range(2))
-    pointwise = v["kernel"] == (1, 1) and v["groups"] == 1 and v["pad"] == (0, 0) and inside
-    return sim.conv2d_scratch(kernel_set, v["in"][2], v["groups"], v["kernel"], step.bits, pointwise)
+    return sim.conv2d_scratch(kernel_set, v["in"][2], v["groups"], v["kernel"], step.bits, trails.pointwise(step))
 
 
 def _depthwise_scratch(step: Step, kernel_set: str) -> int:
     return sim.depthwise_scratch(kernel_set, step.values["in"][2], step.values["kernel"], step.bits)
+
+
+def _linear_scratch(step: Step, kernel_set: str) -> int:
+    return sim.linear_scratch(kernel_set, step.values["inputs"], step.bits)
 
 
 def _linear(step: Step) -> list[Call]:
@@ -258,16 +263,16 @@ def _gather(step: Step) -> list[Call]:
 
 
 KERNELS: dict[str, Kernel] = {
-    "conv2d": Kernel(_conv2d, _weighted_constants, scratch=_conv2d_scratch),
-    "depthwise": Kernel(_conv2d, _weighted_constants, scratch=_depthwise_scratch),
-    "linear": Kernel(_linear, _weighted_constants, scratch=lambda s, k: sim.linear_scratch(k, s.values["inputs"], s.bits)),
+    "conv2d": Kernel(_conv2d, _weighted_constants, scratch=_conv2d_scratch, trail=trails.conv2d),
+    "depthwise": Kernel(_conv2d, _weighted_constants, scratch=_depthwise_scratch, trail=trails.window),
+    "linear": Kernel(_linear, _weighted_constants, scratch=_linear_scratch, trail=trails.linear),
     "add": Kernel(_add, in_place=(0, 1)),
     "mul": Kernel(_mul, in_place=(0, 1)),
     "requant": Kernel(_requant, in_place=(0,)),
     "lut": Kernel(_lut, lambda step: [Constant("table", step.arrays["table"], "int8_t")], in_place=(0,)),
-    "mean": Kernel(_mean),
-    "avg_pool": Kernel(_pool, _pool_constants),
-    "max_pool": Kernel(_pool, _pool_constants),
+    "mean": Kernel(_mean, trail=lambda step, kernel_set: 0),  # channel by channel, each read whole before it is written
+    "avg_pool": Kernel(_pool, _pool_constants, trail=trails.window),
+    "max_pool": Kernel(_pool, _pool_constants, trail=trails.window),
     "concat": Kernel(_concat),
     "pad": Kernel(_pad),
     "gather": Kernel(_gather),

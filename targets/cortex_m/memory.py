@@ -5,15 +5,19 @@ overlap. Packing them into the smallest arena is NP-hard (dynamic storage alloca
 each into the smallest (or the lowest) gap that holds it, in several orders: by size, by lifetime, by the load of their busiest
 step, and then in neighbours of the best order until the lower bound is met or the tries are used up. Everything is deterministic.
 Source of the greedy order by size: Y. Pisarchyk, J. Lee, "Efficient Memory Management for Deep Neural Net Inference", 2020.
+
+A kernel that works through an image from its beginning has read the first lines when it writes its last ones. Its output may
+then lie over its input, if it starts far enough below it: a :class:`Trail`. Source: P. Blacker, C. Bridges, S. Hadfield, "Rapid
+Prototyping of Deep Learning Models on Radiation Hardened CPUs" (diagonal memory optimisation), 2019.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["ALIGNMENT", "Buffer", "Placement", "lower_bound", "place"]
+__all__ = ["ALIGNMENT", "Buffer", "Placement", "Trail", "lower_bound", "place"]
 
 ALIGNMENT = 16
 """Every offset is a multiple of this many bytes."""
@@ -37,21 +41,34 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class Trail:
+    """Buffer ``output`` may overlap buffer ``input`` if it starts ``distance`` bytes or more below it (above it, if negative)."""
+
+    input: int
+    output: int
+    distance: int
+
+
+@dataclass(frozen=True)
 class Placement:
-    """``offsets`` of the buffers, the ``size`` of the arena, and the ``bound`` under which no plan can go (all in bytes)."""
+    """``offsets`` of the buffers, the ``size`` of the arena, and the ``bound`` under which no plan can go (all in bytes).
+
+    The bound is that of the lifetimes: trails may go below it.
+    """
 
     offsets: tuple[int, ...]
     size: int
     bound: int
 
 
-def place(buffers: Sequence[Buffer], tries: int = 400) -> Placement:
-    """Offsets with no overlap of buffers that live at the same time.
+def place(buffers: Sequence[Buffer], trails: Sequence[Trail] = (), tries: int = 400) -> Placement:
+    """Offsets with no overlap of buffers that live at the same time, but for that of trails.
 
     Args:
-        tries: how many orders are tried after the four fixed ones, while the arena is larger than the bound.
+        tries: how many orders are tried after the fixed ones, while the arena is larger than what is possible at best.
     """
-    bound = lower_bound(buffers)
+    least = lower_bound(buffers, trails)
+    below = {(t.input, t.output): -(-t.distance // ALIGNMENT) * ALIGNMENT for t in trails}
     indices = range(len(buffers))
     load = [_busiest(buffers, i) for i in indices]
     orders = [
@@ -59,25 +76,36 @@ def place(buffers: Sequence[Buffer], tries: int = 400) -> Placement:
         sorted(indices, key=lambda i: (buffers[i].first, -buffers[i].size, i)),
         sorted(indices, key=lambda i: (buffers[i].first - buffers[i].last, -buffers[i].size, i)),
         sorted(indices, key=lambda i: (-load[i], -buffers[i].size, i)),
+        sorted(indices, key=lambda i: (-buffers[i].last, -buffers[i].size, i)),  # an output before the input it may lie over
+        sorted(indices, key=lambda i: (-load[i], -buffers[i].last, i)),
     ]
-    best_size, best_offsets, best = min((*_greedy(buffers, order), order) for order in orders)
+    best_size, best_offsets, best = min((*_greedy(buffers, order, below), order) for order in orders)
     chance = random.Random(0)
     for _ in range(tries):
-        if best_size <= bound:
+        if best_size <= least:
             break
         order = list(best)
         for _ in range(chance.choice((1, 1, 2, 3))):
             order.insert(chance.randrange(len(order)), order.pop(chance.randrange(len(order))))
-        size, offsets = _greedy(buffers, order)
+        size, offsets = _greedy(buffers, order, below)
         if size <= best_size:
             best_size, best_offsets, best = size, offsets, order
-    return Placement(tuple(best_offsets), best_size, bound)
+    return Placement(tuple(best_offsets), best_size, lower_bound(buffers))
 
 
-def lower_bound(buffers: Sequence[Buffer]) -> int:
-    """Bytes of all buffers that live at the busiest step: no arena can be smaller."""
-    steps = {b.first for b in buffers}
-    return max((sum(_round(b.size) for b in buffers if b.first <= step <= b.last) for step in steps), default=0)
+def lower_bound(buffers: Sequence[Buffer], trails: Sequence[Trail] = ()) -> int:
+    """Bytes of all buffers that live at the busiest step, less what trails save there: no arena can be smaller."""
+
+    def load(step: int) -> int:
+        total = sum(_round(b.size) for b in buffers if b.first <= step <= b.last)
+        for trail in trails:
+            a, b = buffers[trail.input], buffers[trail.output]
+            if max(a.first, b.first) <= step <= min(a.last, b.last):
+                both = _round(a.size) + _round(b.size)
+                total -= max(0, both - max(_round(max(trail.distance, 0)) + _round(a.size), _round(b.size)))
+        return total
+
+    return max((load(step) for step in {b.first for b in buffers}), default=0)
 
 
 def _round(size: int) -> int:
@@ -90,24 +118,36 @@ def _busiest(buffers: Sequence[Buffer], index: int) -> int:
     return max(sum(_round(b.size) for b in buffers if b.first <= step <= b.last) for step in starts)
 
 
-def _greedy(buffers: Sequence[Buffer], order: Sequence[int]) -> tuple[int, list[int]]:
+_Below = Mapping[tuple[int, int], int]
+
+
+def _greedy(buffers: Sequence[Buffer], order: Sequence[int], below: _Below) -> tuple[int, list[int]]:
     """Size and offsets: each buffer into the smallest gap that holds it, or all into the lowest, whichever arena is smaller."""
-    return min((_extent(buffers, offsets), offsets) for offsets in (_fit(buffers, order, best) for best in (True, False)))
+    return min((_extent(buffers, offsets), offsets) for offsets in (_fit(buffers, order, below, best) for best in (True, False)))
 
 
-def _fit(buffers: Sequence[Buffer], order: Sequence[int], best: bool) -> list[int]:
+def _fit(buffers: Sequence[Buffer], order: Sequence[int], below: _Below, best: bool) -> list[int]:
     """Each buffer into a gap between those already placed that it meets, else above them."""
     offsets = [-1] * len(buffers)
     for i in order:
-        need, cursor = _round(buffers[i].size), 0
-        taken = sorted((offsets[j], _round(buffers[j].size)) for j in order if offsets[j] >= 0 and buffers[j].meets(buffers[i]))
-        gaps = []
-        for start, size in taken:
-            if start - cursor >= need:
-                gaps.append((start - cursor if best else 0, cursor))
-            cursor = max(cursor, start + size)
+        cursor, gaps = 0, []
+        taken = (_taken(buffers, i, j, offsets[j], below) for j in order if offsets[j] >= 0 and buffers[j].meets(buffers[i]))
+        for last, first in sorted(t for t in taken if t[0] < t[1]):
+            if last >= cursor:
+                gaps.append((last - cursor if best else 0, cursor))
+            cursor = max(cursor, first)
         offsets[i] = min(gaps)[1] if gaps else cursor
     return offsets
+
+
+def _taken(buffers: Sequence[Buffer], i: int, j: int, offset: int, below: _Below) -> tuple[int, int]:
+    """Buffer ``j`` lies at ``offset``: the last place before it and the first one behind it where buffer ``i`` may start."""
+    last, first = offset - _round(buffers[i].size), offset + _round(buffers[j].size)
+    if (j, i) in below:
+        last = max(last, offset - below[j, i])
+    if (i, j) in below:
+        first = min(first, offset + below[i, j])
+    return last, first
 
 
 def _extent(buffers: Sequence[Buffer], offsets: Sequence[int]) -> int:

@@ -39,7 +39,8 @@ def prepare(program: FrozenProgram, kernel_set: str) -> Firmware:
     if kernel_set not in known:
         firmware = build(program)
         _check_ranges(program, firmware)
-        steps = tuple(replace(s, scratch=KERNELS[s.kind].scratch(s, kernel_set)) for s in firmware.steps)
+        rows = [(s, KERNELS[s.kind]) for s in firmware.steps]
+        steps = tuple(replace(s, scratch=row.scratch(s, kernel_set), trail=row.trail(s, kernel_set)) for s, row in rows)
         known[kernel_set] = plan(replace(firmware, steps=steps), IN_PLACE)
     return known[kernel_set]
 

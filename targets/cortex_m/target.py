@@ -104,7 +104,8 @@ class CortexM:
     def inspect(self, path: Path, program: FrozenProgram) -> Artifact:
         """Sizes of the built firmware, and how each layer runs.
 
-        ``memory`` is in bytes: "flash_code", "flash_weights", "flash" (all), "arena", "arena_bound" (what lifetimes allow),
+        ``memory`` is in bytes: "flash_code", "flash_weights", "flash" (all), "arena", "arena_bound" (what
+        lifetimes allow if no output lies over its input),
         "static_ram" (without arena and stack), "stack_reserved", "ram" (all) and, from a boot with zeros, "stack_used".
         """
         facts, firmware = host.built(Path(path).parent)

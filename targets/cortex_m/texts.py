@@ -150,8 +150,8 @@ To get q from a real number: `q = round_half_even(real / scale) + zero_point`, c
     model_run();
     use(model_output(0));
 
-One arena of @arena@ bytes holds every activation and the kernels' scratch; @bound@ bytes is the least that the tensors' lifetimes
-allow. Weights are `const` and stay in flash (section `.weights`).
+One arena of @arena@ bytes holds every activation and the kernels' scratch. If no output lay over the input it is computed from,
+@bound@ bytes would be the least that the tensors' lifetimes allow. Weights are `const` and stay in flash (section `.weights`).
 @packed@
 ## A real board
 

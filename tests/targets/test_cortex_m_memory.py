@@ -13,7 +13,7 @@ from nets import residual_net
 
 from edgekit.frozen import FrozenProgram
 from edgekit.targets.cortex_m.graph import Firmware
-from edgekit.targets.cortex_m.memory import ALIGNMENT, Buffer, lower_bound, place
+from edgekit.targets.cortex_m.memory import ALIGNMENT, Buffer, Trail, lower_bound, place
 from edgekit.targets.cortex_m.preparation import prepare
 from edgekit.targets.cortex_m.reference import run, step
 
@@ -56,6 +56,29 @@ def test_the_plan_lies_between_the_bound_and_first_fit(buffers: list[Buffer]) ->
     assert placed.bound <= placed.size <= first_fit(buffers)
 
 
+@settings(deadline=None, max_examples=100)
+@given(BUFFERS, st.lists(st.integers(-400, 3000), min_size=24, max_size=24))
+def test_trails_overlap_only_as_far_as_they_may(buffers: list[Buffer], distances: list[int]) -> None:
+    pairs = [
+        (i, j) for i, a in enumerate(buffers) for j, b in enumerate(buffers) if i != j and a.last == b.first and a.first < b.first
+    ]
+    trails = [Trail(i, j, d) for (i, j), d in zip(pairs, distances, strict=False)]
+    placed, known = place(buffers, trails, tries=30), {(t.input, t.output): t.distance for t in trails}
+    assert placed.size <= place(buffers, tries=30).size + 3000 and placed.bound == lower_bound(buffers)
+    assert lower_bound(buffers, trails) <= placed.bound
+    for i, (a, at) in enumerate(zip(buffers, placed.offsets, strict=True)):
+        for j, (b, there) in enumerate(zip(buffers, placed.offsets, strict=True)):
+            if i != j and a.meets(b) and at < there + b.size and there < at + a.size:
+                assert (i, j) in known or (j, i) in known
+                assert (i, j) not in known or at - there >= known[i, j]
+
+
+def test_a_chain_of_trails_slides_down_by_its_distances() -> None:
+    chain = [Buffer(1600, i, i + 1) for i in range(6)]
+    placed = place(chain, [Trail(i, i + 1, 160) for i in range(5)])
+    assert (placed.bound, placed.size) == (3200, 1600 + 5 * 160)
+
+
 def test_the_plan_is_the_same_every_time() -> None:
     chance = np.random.default_rng(0)
     buffers = [Buffer(int(s), int(f), int(f + n)) for s, f, n in chance.integers(1, 30, (40, 3))]
@@ -93,7 +116,7 @@ def test_networks_compute_the_same_in_their_arena(program: FrozenProgram, kernel
     free = run(firmware, inputs)
     for port, found in zip(firmware.outputs, in_one_arena(firmware, inputs), strict=True):
         assert np.array_equal(found, free[port.tensor])
-    assert firmware.bound <= firmware.arena <= 1.1 * firmware.bound
+    assert firmware.arena <= firmware.bound
 
 
 def test_a_plan_that_overlaps_is_noticed() -> None:

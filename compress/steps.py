@@ -50,7 +50,7 @@ class Compressed:
 
 @dataclass(frozen=True)
 class _State:
-    """The model between two blocks; ``plan`` is None until it is quantized."""
+    """The model between two blocks; ``plan`` is None until it is quantized, ``original`` the last graph that lost nothing."""
 
     original: Graph
     graph: Graph
@@ -108,8 +108,20 @@ def _lowrank() -> FloatPass:
     return lowrank
 
 
+def _repair(state: _State, block: _Block, data: Data, progress: Progress | None) -> _State:
+    """In float, or with the quantizers in place once there is a plan."""
+    from edgekit.compress.repair.step import repair, repair_plan
+
+    if state.plan is None:
+        return _in_float(lambda: repair, state, block, data, progress)
+    plan, record = repair_plan(state.graph, state.plan, block.settings, data, state.original, progress)
+    entry = {"kind": block.kind, "settings": asdict(block.settings), **record.to_json()}
+    return replace(state, plan=plan, passes=(*state.passes, entry), warnings=(*state.warnings, *record.warnings))
+
+
 _STEPS: dict[str, Callable[[_State, _Block, Data, Progress | None], _State]] = {
     "lowrank": partial(_in_float, _lowrank),
+    "repair": _repair,
     "ptq": partial(_quantizing, quantize),
     "qat": partial(_quantizing, train),
 }

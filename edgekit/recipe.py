@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from edgekit import marked_yaml
 from edgekit.compress.lowrank.settings import LowRank
 from edgekit.compress.ptq.settings import PTQ, QAT
+from edgekit.compress.repair.settings import Repair
 from edgekit.errors import RecipeError
 from edgekit.validation import Reader, closest, shown
 
@@ -26,9 +27,9 @@ __all__ = ["NAMED", "SETTINGS", "Block", "Recipe", "Target", "Verify", "dump", "
 
 _FORBID = ConfigDict(extra="forbid")
 
-Settings = LowRank | PTQ | QAT
+Settings = LowRank | Repair | PTQ | QAT
 
-SETTINGS: dict[str, type[Settings]] = {"lowrank": LowRank, "ptq": PTQ, "qat": QAT}
+SETTINGS: dict[str, type[Settings]] = {"lowrank": LowRank, "repair": Repair, "ptq": PTQ, "qat": QAT}
 """Compression block to its settings class."""
 
 NAMED: dict[str, Mapping[str, Any]] = {
@@ -64,7 +65,7 @@ class Verify:
 class Block:
     """One step of compression: a key of :data:`SETTINGS` and its settings."""
 
-    kind: Literal["lowrank", "ptq", "qat"]
+    kind: Literal["lowrank", "repair", "ptq", "qat"]
     settings: Settings
 
 
@@ -83,7 +84,8 @@ class Recipe:
     Attributes:
         model: ``file.py:factory``, ``package.module:factory`` or a ``.pt2`` file; the factory returns an ``nn.Module``.
         data: ``file.py:factory`` or ``package.module:factory``; the factory returns an ``edgekit.data.Data``.
-        compress: what is done to the model, in order: ``lowrank``, ``ptq``, ``qat``, or a name such as ``static_wi8_ai8``.
+        compress: what is done to the model, in order: ``lowrank``, ``repair``, ``ptq``, ``qat``, or a name such as
+            ``static_wi8_ai8``.
         targets: what it is lowered to, each a name or a name with options.
         verify: what counts as equal.
         profile: devices that files are measured on, such as ``local`` or ``qemu:mps2-an386``.

@@ -31,7 +31,7 @@ from edgekit.data import Data, Source, batches
 from edgekit.errors import DataError, InputError, ModelError
 from edgekit.frozen.ops import activation_bounds
 
-__all__ = ["train_plan"]
+__all__ = ["epoch_of", "read_back", "train_plan", "trainable_twin"]
 
 _SCALE_RATE = 10.0
 """Learning rate of log scales, relative to that of weights: 0.1 % a step at a rate of 1e-4."""
@@ -54,11 +54,17 @@ def train_plan(graph: Graph, plan: Plan, settings: QAT, data: Data, progress: Ca
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise InputError("qat: device cuda was asked for, but torch sees no CUDA device; use device: cpu")
     torch.manual_seed(settings.seed)
-    scales = _activation_scales(plan)
-    module = _twin(graph, plan, scales, settings).to(settings.device)
+    module, scales = trainable_twin(graph, plan, settings)
+    module = module.to(settings.device)
     with torch.enable_grad():
         _fit(module, graph, settings, data.training, progress)
-    return _read_back(module.cpu(), plan, scales)
+    return read_back(module.cpu(), plan, scales)
+
+
+def trainable_twin(graph: Graph, plan: Plan, settings: QAT) -> tuple[fx.GraphModule, Mapping[str, nn.Parameter]]:
+    """A plan as a module of Brevitas layers to be trained, and the log scale of each activation that learns one."""
+    scales = _activation_scales(plan)
+    return _twin(graph, plan, scales, settings), scales
 
 
 def _activation_scales(plan: Plan) -> dict[str, nn.Parameter]:
@@ -147,7 +153,7 @@ def _fit(
 ) -> None:
     size = settings.train_batch_size if graph.dynamic_batch else 1
     order = torch.Generator().manual_seed(settings.seed)
-    steps = settings.epochs * sum(1 for _ in _epoch(source, size, torch.Generator()))
+    steps = settings.epochs * sum(1 for _ in epoch_of(source, size, torch.Generator()))
     is_scale = {id(p): "scaling_impl" in n or "log_scale" in n for n, p in module.named_parameters()}
     parameters = [p for p in module.parameters() if p.requires_grad]
     rates = [
@@ -161,7 +167,7 @@ def _fit(
     done = 0
     module.train()
     for _ in range(settings.epochs):
-        for batch in _epoch(source, size, order):
+        for batch in epoch_of(source, size, order):
             inputs, target = _split(batch, len(graph.sample), settings.device)
             with context:
                 output = module(*inputs)
@@ -178,7 +184,7 @@ def _fit(
     module.eval()
 
 
-def _epoch(source: Source, size: int, order: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
+def epoch_of(source: Source, size: int, order: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
     """Batches of one epoch: tensors and datasets in a new order each time, loaders and functions as they come."""
     arrays = isinstance(source, tuple | list) and all(isinstance(t, Tensor | np.ndarray) and t.ndim for t in source)
     if arrays and len({len(t) for t in source}) == 1 and len(source[0]):  # anything else is an error of `batches`
@@ -213,7 +219,8 @@ def _loss(output: Any, target: Tensor) -> Tensor:
     return F.cross_entropy(output, target.long())
 
 
-def _read_back(module: fx.GraphModule, plan: Plan, scales: Mapping[str, nn.Parameter]) -> Plan:
+def read_back(module: fx.GraphModule, plan: Plan, scales: Mapping[str, nn.Parameter]) -> Plan:
+    """The plan with the integers, scales and biases of a trained twin."""
     activations = dict(plan.activations)
     for name, log_scale in scales.items():
         activations[name] = replace(activations[name], scale=float(log_scale.detach().cpu().exp()))

@@ -199,6 +199,13 @@ def _lut(step: Step) -> list[Call]:
     return [Call("ek_lut_s8", ("$table", "$x0", "$y", str(step.values["size"])))]
 
 
+def _softmax(step: Step) -> list[Call]:
+    v = step.values
+    fields = {"table": ("*", "table"), **_sizes(rows=v["rows"], n=v["n"]), "multiplier": ("int32_t", v["multiplier"])}
+    fields |= {"shift": ("int8_t", v["shift"]), "out_zp": ("int8_t", v["out_zp"])}
+    return [Call("ek_softmax_s8", ("$p", "$x0", "$y"), Struct("ek_softmax", _fields(fields)))]
+
+
 def _mean(step: Step) -> list[Call]:
     v = step.values
     fields = {"positions": ("uint32_t", v["positions"]), **_sizes(channels=v["channels"]), **_scaled(v)}
@@ -270,6 +277,7 @@ KERNELS: dict[str, Kernel] = {
     "mul": Kernel(_mul, in_place=(0, 1)),
     "requant": Kernel(_requant, in_place=(0,)),
     "lut": Kernel(_lut, lambda step: [Constant("table", step.arrays["table"], "int8_t")], in_place=(0,)),
+    "softmax": Kernel(_softmax, lambda step: [Constant("table", step.arrays["table"], "uint32_t")], in_place=(0,)),
     "mean": Kernel(_mean, trail=lambda step, kernel_set: 0),  # channel by channel, each read whole before it is written
     "avg_pool": Kernel(_pool, _pool_constants, trail=trails.window),
     "max_pool": Kernel(_pool, _pool_constants, trail=trails.window),

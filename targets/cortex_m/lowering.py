@@ -19,12 +19,14 @@ from torch import fx
 
 from edgekit.errors import UnsupportedError
 from edgekit.frozen import FrozenProgram, Layer
+from edgekit.targets.cortex_m import softmax
 from edgekit.targets.cortex_m.graph import Firmware, Port, Step, Tensor
 
 __all__ = ["Builder", "build", "constants", "refusal", "refuse"]
 
 _REMEDIES = {
-    "softmax": "return the logits and take softmax (or argmax) where the result is used",
+    "softmax": "firmware computes it along the last axis of at most 1023 integers; else return the logits and take softmax "
+    "(or argmax) where the result is used",
     "log_softmax": "return the logits and take log_softmax (or argmax) where the result is used",
     "layer_norm": "use batch normalization, which is folded into the layer before it",
     "add": "let both operands be computed activations of one shape",
@@ -43,10 +45,10 @@ def refusal(program: FrozenProgram, layer: str, what: str, remedy: str) -> Unsup
 
 
 def refuse(program: FrozenProgram) -> None:
-    """Raise UnsupportedError for the first layer in float or with 16-bit activations, before any work."""
+    """Raise UnsupportedError for the first layer with 16-bit activations or in float, a softmax between integers excepted."""
     from edgekit.targets.cortex_m.rules import RULES
 
-    names = {layer.node for layer in program.layers}
+    names = {layer.node for layer in program.layers} | set(softmax.found(program))
     reasons = {u.layer: u.reason for u in program.unquantized}
     for node in program.module.graph.nodes:
         if node.op != "call_function" or node.name in names:
@@ -185,13 +187,14 @@ def build(program: FrozenProgram) -> Firmware:
             builder.inputs.append(Port(position, builder.of[node.name], None, None))
     for layer in program.layers:
         RULES[layer.op](builder, layer)
+    outputs = _outputs(builder)
     taps = {x.name: builder.of[x.name] for x in program.layers if x.name in builder.of}
     return Firmware(
         name=program.name,
         tensors=tuple(builder.tensors),
         steps=tuple(builder.steps),
         inputs=tuple(builder.inputs),
-        outputs=_outputs(builder),
+        outputs=outputs,
         taps=taps,
     )
 
@@ -200,10 +203,16 @@ def _outputs(builder: Builder) -> tuple[Port, ...]:
     (node,) = (n for n in builder.program.module.graph.nodes if n.op == "output")
     found = node.args[0]
     names = {layer.node: layer.name for layer in builder.program.layers}
+    softmaxes = softmax.found(builder.program)
     ports = []
     for position, value in enumerate(found if isinstance(found, list | tuple) else (found,)):
         name = names.get(value.name, value.name) if isinstance(value, fx.Node) else str(value)
-        if name in builder.ends:
+        if name in softmaxes:
+            shape, (scale, zero_point) = tuple(value.meta["val"].shape), softmax.OUTPUT
+            tensor = builder.tensor(name, shape, False, softmax.OUTPUT)
+            softmax.add_step(builder, name, softmaxes[name], tensor)
+            ports.append(Port(position, tensor, scale, zero_point))
+        elif name in builder.ends:
             tensor, scale, zero_point = builder.ends[name]
             ports.append(Port(position, tensor, scale, zero_point))
         elif name in builder.of and name in names.values():

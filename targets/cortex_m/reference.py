@@ -124,6 +124,14 @@ def _lut(one: Step, inputs: Sequence[Int8]) -> Int8:
     return table[inputs[0].astype(np.int64) + 128]
 
 
+def _softmax(one: Step, inputs: Sequence[Int8]) -> Int8:
+    """Exponentials of 22 bits from the table, their share of the row's sum in 20 bits, requantized."""
+    values, x = one.values, inputs[0].reshape(one.values["rows"], one.values["n"]).astype(np.int64)
+    powers = one.arrays["table"].astype(np.int64)[x.max(1, keepdims=True) - x]
+    share = (powers * ((1 << 53) // powers.sum(1, keepdims=True))) >> 33
+    return _finish(share, {**values, "low": -128, "high": 127}, values["multiplier"], values["shift"])
+
+
 def _mean(one: Step, inputs: Sequence[Int8]) -> Int8:
     values = one.values
     x = inputs[0].reshape(values["positions"], values["channels"]).astype(np.int64) - values["in_zp"]
@@ -181,6 +189,7 @@ REFERENCES: dict[str, Callable[[Step, Sequence[Int8]], Int8]] = {
     "mul": _mul,
     "requant": _requant,
     "lut": _lut,
+    "softmax": _softmax,
     "mean": _mean,
     "avg_pool": _avg_pool,
     "max_pool": _max_pool,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edgekit.frozen import Layer
 from edgekit.frozen.ops import activation_bounds
+from edgekit.targets.cortex_m import softmax
 from edgekit.targets.cortex_m.fixedpoint import quantize_multiplier
 from edgekit.targets.cortex_m.graph import Port, Tensor
 from edgekit.targets.cortex_m.lowering import Builder, constants
@@ -54,6 +55,10 @@ def _quantize(build: Builder, layer: Layer) -> None:
         tensor, scale, zero_point = build.ends[source]
         output = build.output(layer, build.tensors[tensor].last)
         _requantize(build, layer, tensor, output, (scale, zero_point))
+        return
+    softmaxes = softmax.found(build.program)
+    if source in softmaxes:
+        softmax.add_step(build, layer.name, softmaxes[source], build.output(layer, last=False))
         return
     holders = [n for n in build.program.module.graph.nodes if n.op == "placeholder"]
     position = next((i for i, n in enumerate(holders) if n.name == source), None)

@@ -197,6 +197,11 @@ def _coverage(program: FrozenProgram, firmware: Firmware) -> tuple[Coverage, ...
             function = calls(step)[0].function
             storage = f"int{step.bits}" if "weight" in step.arrays else ""
             rows.append(Coverage(layer.name, function, "int8", step.macs, storage, PACKED_NOTE if step.bits < 8 else ""))
+    known = {layer.name for layer in program.layers}
+    returned = [s for s in firmware.steps if s.layer not in known]
+    rows += [
+        Coverage(s.layer, calls(s)[0].function, "int8", note="float in the program, returned in steps of 1/256") for s in returned
+    ]
     return tuple(rows)
 
 
@@ -205,6 +210,8 @@ def _notes(facts: Facts, program: FrozenProgram) -> tuple[str, ...]:
     notes = [
         f"board {build.board}, {build.kernel_set} kernels, -{build.optimize}; inputs and outputs are int8, quantized by the host"
     ]
+    if any(kind == "softmax" for _, _, kind, _ in facts.steps):
+        notes.append("softmax is computed from int8 to int8 by a table of exponentials")
     packed = sum(1 for layer in program.layers if layer.weight_bits is not None and layer.weight_bits < 8)
     if packed:
         notes.append(f"{packed} layers have packed weights, {PACKED_NOTE}")

@@ -85,24 +85,25 @@ def test_a_flattened_image_is_not_moved_but_the_weights_are() -> None:
 
 
 class Awkward(nn.Module):
-    """A softmax inside, which stays in float."""
+    """A log_softmax inside, which stays in float."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(F.softmax(self.first(x), -1))
+        return self.last(F.log_softmax(self.first(x), -1))
 
 
 def test_a_float_layer_is_refused_by_name_line_and_remedy() -> None:
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
     program = quantize_model(Awkward().eval(), Data(x), PTQ(observer="minmax"))
     with pytest.raises(
-        UnsupportedError, match=r"layer softmax.* \(test_cortex_m_lowering\.py:\d+\) stays in float: softmax.*return the logits"
+        UnsupportedError,
+        match=r"layer log_softmax.* \(test_cortex_m_lowering\.py:\d+\) stays in float: log_softmax.*return the logits",
     ):
         prepare(program, "portable")
-    with pytest.raises(UnsupportedError, match="softmax"):
+    with pytest.raises(UnsupportedError, match="log_softmax"):
         preflight.check_program(program, "cortex-m4")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from edgekit.compress.ptq.settings import Reconstruct
 from edgekit.files import write_json, write_whole
 from edgekit.recipe import NAMED, SETTINGS, Recipe, Verify
 
@@ -55,7 +56,8 @@ def tables() -> str:
     """One Markdown table of settings for each part of a recipe."""
     from edgekit.targets import TARGETS, get
 
-    parts = {"Keys of a recipe": Recipe, **{f"`{name}`": kind for name, kind in SETTINGS.items()}, "`verify`": Verify}
+    parts: dict[str, type[Any]] = {"Keys of a recipe": Recipe, **{f"`{name}`": kind for name, kind in SETTINGS.items()}}
+    parts |= {"`reconstruct` of `ptq`": Reconstruct, "`verify`": Verify}
     groups: dict[type[Any], list[str]] = {}
     for name in TARGETS:  # the Cortex-M cores share theirs
         groups.setdefault(get(name).Options, []).append(f"`{name}`")

@@ -92,3 +92,12 @@ def build(kind: type[nn.Module], n: int = 64, seed: int = 0) -> tuple[nn.Module,
             m.weight.data.uniform_(0.5, 1.5)
             m.bias.data.normal_(0, 0.3)
     return model.eval(), torch.randn(n, *SHAPES[kind])
+
+
+def related(shape: tuple[int, ...], n: int = 128) -> Tensor:
+    """Inputs whose values depend on each other, as those of real layers do: few factors, smooth over the image."""
+    factors = torch.randn(n, 3, *shape[1:])
+    if len(shape) == 3:
+        factors = F.avg_pool2d(F.pad(factors, (2, 2, 2, 2), "circular"), 5, 1) * 5
+    mixed = torch.einsum("cf,nf...->nc...", torch.randn(shape[0], 3), factors)
+    return mixed + 0.1 * torch.randn_like(mixed)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["ActQ", "Observer", "choose_range", "quantization_of"]
+__all__ = ["ActQ", "Observer", "choose_range", "narrowed", "quantization_of"]
 
 BINS = 2048
 _MOMENTUM = 0.1
@@ -80,6 +80,16 @@ def quantization_of(low: float, high: float, bits: int = 8, symmetric: bool = Fa
     return ActQ(scale, int(np.clip(round(qmin - low / scale), qmin, qmax)), bits)
 
 
+def narrowed(high: float, bits: int) -> ActQ:
+    """8-bit quantization of what a ReLU made, that uses only the top ``2 ** bits`` integers: ``narrowed(3.0, 4).zero_point == 112``.
+
+    The zero point is the lowest of them, so the ReLU's own clamp and the saturation of int8 are all that holds values on the grid
+    of few bits: no operator and no target needs to know.
+    """
+    steps = (1 << bits) - 1
+    return ActQ(_float32(high / steps) if high > 0 else 1.0, 127 - steps, 8)
+
+
 def choose_range(
     observer: Observer, method: str, percentile: float, bits: int = 8, symmetric: bool = False
 ) -> tuple[float, float]:
@@ -91,7 +101,8 @@ def choose_range(
     if method == "percentile":
         return _percentile(observer, percentile)
     score = _mse if method == "mse" else _divergence
-    candidates = [(observer.low * r, observer.high * r) for r in np.linspace(0.3, 1.0, 71)]
+    ratios = np.linspace(0.3, 1.0, 71) if bits >= 8 else np.linspace(0.05, 1.0, 96)
+    candidates = [(observer.low * r, observer.high * r) for r in ratios]
     errors = [score(observer, quantization_of(low, high, bits, symmetric)) for low, high in candidates]
     return candidates[int(np.argmin(errors))]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from edgekit.compress.capture import Graph
-from edgekit.compress.ptq.observers import ActQ, Observer, choose_range, quantization_of
-from edgekit.compress.ptq.settings import Quantization, bits_of
+from edgekit.compress.ptq.observers import ActQ, Observer, choose_range, narrowed, quantization_of
+from edgekit.compress.ptq.settings import Quantization, bits_of, stored_bits
 from edgekit.compress.ptq.units import Unit, weight_of
 from edgekit.errors import DataError
 from edgekit.frozen import Unquantized
@@ -24,9 +24,11 @@ __all__ = [
     "calibrate",
     "fit",
     "fixed_activations",
+    "few_bits",
     "groups",
     "make_plan",
     "minimal_scale",
+    "quantization_for",
     "quantize_weight",
     "weight_bits",
     "weight_scale",
@@ -168,20 +170,71 @@ def calibrate(graph: Graph, units: Sequence[Unit], settings: Quantization, data:
     _observe(graph, watched, observers, data, "extend")
     if settings.observer in ("percentile", "mse", "entropy"):
         _observe(graph, watched, observers, data, "count")
-    bits = bits_of(settings.activations)
+    few = few_bits(units, settings)
     result: dict[str, ActQ] = {}
-    warnings: list[str] = []
+    warnings = _eight_bit_inputs(units, few, settings)
     for name, root in shared.items():
-        if root in fixed and bits == 8:
+        if root in fixed and stored_bits(settings.activations) == 8:
             result[name] = fixed[root]
             continue
         observer = observers[root]
         if name == root and observer.high <= observer.low:
             warnings.append(f"layer {graph.names.get(name, name)}: its output was constant during calibration")
-        method = "minmax" if root in answers else settings.observer  # clipped logits would tie
-        low, high = choose_range(observer, method, settings.percentile, bits, settings.symmetric_activations)
-        result[name] = quantization_of(low, high, bits, settings.symmetric_activations)
+        result[name] = quantization_for(observer, settings, root in few, root in answers)
     return result, warnings
+
+
+def quantization_for(observer: Observer, settings: Quantization, few: bool = False, answers: bool = False) -> ActQ:
+    """What the settings make of an observed activation.
+
+    Args:
+        few: it gets the few bits that ``settings.activations`` says, see :func:`few_bits`.
+        answers: it is an output of the model, never clipped: clipped logits would tie.
+    """
+    method = "minmax" if answers else settings.observer
+    if few:
+        bits = bits_of(settings.activations)
+        return narrowed(choose_range(observer, method, settings.percentile, bits)[1], bits)
+    bits, symmetric = stored_bits(settings.activations), settings.symmetric_activations
+    low, high = choose_range(observer, method, settings.percentile, bits, symmetric)
+    return quantization_of(low, high, bits, symmetric)
+
+
+def few_bits(units: Sequence[Unit], settings: Quantization) -> set[str]:
+    """Roots of the groups of activations that get fewer than 8 bits: made by ReLUs alone and read by a weighted layer.
+
+    The last weighted layer's input keeps 8 bits with ``keep_first_last_8bit``.
+    """
+    if bits_of(settings.activations) >= 8:
+        return set()
+    shared = groups(units)
+    weighted = [u for u in units if u.weight is not None]
+    read = {shared[u.inputs[0].name] for u in weighted}
+    if settings.keep_first_last_8bit and weighted:
+        read.discard(shared[weighted[-1].inputs[0].name])
+    made = {u.output.name for u in units}
+    other = {shared[u.output.name] for u in units if not (u.inherits or u.kind == "qconcat" or _made_by_relu(u))}
+    other |= {shared[n.name] for u in units for n in u.inputs if n.name not in made}
+    other |= {shared[u.output.name] for u in units if any(n.op == "output" for n in u.output.users)}
+    return read - other
+
+
+def _made_by_relu(unit: Unit) -> bool:
+    return unit.activation != "none" or unit.attributes.get("function") in ("relu", "relu6")
+
+
+def _eight_bit_inputs(units: Sequence[Unit], few: set[str], settings: Quantization) -> list[str]:
+    """A sentence that names the layers whose inputs have more bits than asked for."""
+    if bits_of(settings.activations) >= 8:
+        return []
+    shared = groups(units)
+    weighted = [u for u in units if u.weight is not None]
+    inner = weighted[1:-1] if settings.keep_first_last_8bit else weighted
+    wide = [u.name for u in inner if shared[u.inputs[0].name] not in few]
+    if not wide:
+        return []
+    names = ", ".join(wide[:5]) + (f" and {len(wide) - 5} more" if len(wide) > 5 else "")
+    return [f"activations: {len(wide)} layers keep 8-bit inputs, which no ReLU made ({names})"]
 
 
 def fixed_activations(units: Sequence[Unit]) -> dict[str, ActQ]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from edgekit.compress.capture import Graph, capture
 from edgekit.compress.ptq.freeze import freeze
 from edgekit.compress.ptq.plan import Batches, Plan, make_plan
-from edgekit.compress.ptq.settings import PTQ, QAT, Quantization, bits_of
+from edgekit.compress.ptq.settings import PTQ, QAT, Quantization, stored_bits
 from edgekit.compress.ptq.units import find_units
 from edgekit.data import Data, batches, sample_inputs
 from edgekit.errors import InputError
@@ -27,12 +28,18 @@ Progress = Callable[[str, int, int], None]
 
 
 def quantize(
-    graph: Graph, settings: PTQ, data: Data, plan: Plan | None = None, progress: Progress | None = None
+    graph: Graph,
+    settings: PTQ,
+    data: Data,
+    plan: Plan | None = None,
+    progress: Progress | None = None,
+    folder: Path | None = None,
 ) -> tuple[Graph, Plan]:
     """Quantize a captured model after training.
 
     Args:
         plan: not used; quantization after training starts from the float weights.
+        folder: finished parts of a long method are kept here and taken from here.
 
     Returns:
         The graph that was quantized (equalized if asked for) and its plan.
@@ -45,11 +52,12 @@ def quantize(
         graph, equalized = equalize(graph)
         changes = dict.fromkeys(equalized, "equalized")
     check_patterns(graph, settings)
-    units, unquantized = find_units(graph, settings.skip, bits_of(settings.activations))
+    units, unquantized = find_units(graph, settings.skip, stored_bits(settings.activations))
     made = make_plan(graph, units, unquantized, settings, calibration_stream(graph, settings, data, progress))
-    made = _improve(graph, made, settings, calibration_stream(graph, settings, data), progress)
+    made = _improve(graph, made, settings, calibration_stream(graph, settings, data), progress, folder)
     for name, w in made.weights.items():
-        steps = [f"weights int{w.bits}, {settings.method}", *(["bias corrected"] if settings.bias_correction else [])]
+        how = ", ".join([settings.method, *([made.changes[name]] if name in made.changes else [])])
+        steps = [f"weights int{w.bits}, {how}", *(["bias corrected"] if settings.bias_correction else [])]
         changes[name] = ", ".join([*steps, *([changes[name]] if name in changes else [])])
     return graph, replace(made, changes=changes)
 
@@ -64,9 +72,14 @@ def check_patterns(graph: Graph, settings: Quantization) -> None:
                 raise InputError(f"{key}: {pattern!r} fits no layer of the model; layers are called {', '.join(close)}, ...")
 
 
-def _improve(graph: Graph, plan: Plan, settings: PTQ, stream: Batches, progress: Progress | None) -> Plan:
+def _improve(graph: Graph, plan: Plan, settings: PTQ, stream: Batches, progress: Progress | None, folder: Path | None) -> Plan:
     """Round by the method asked for, then correct biases."""
-    if settings.method != "nearest":
+    if settings.method in ("adaround", "brecq"):
+        from edgekit.compress.ptq.reconstruct import reconstruct
+
+        plan, outcomes = reconstruct(graph, plan, stream, settings, _labelled(progress, settings.method), folder)
+        plan = replace(plan, changes={name: str(o) for o in outcomes for name in o.layers})
+    elif settings.method != "nearest":
         from edgekit.compress.ptq.rounding import round_weights
 
         plan = plan.with_weights(round_weights(graph, plan, stream, settings, _labelled(progress, settings.method)))
@@ -94,7 +107,7 @@ def train(
     torch.manual_seed(settings.seed)
     if plan is None:
         check_patterns(graph, settings)
-        units, unquantized = find_units(graph, settings.skip, bits_of(settings.activations))
+        units, unquantized = find_units(graph, settings.skip, stored_bits(settings.activations))
         plan = make_plan(graph, units, unquantized, settings, calibration_stream(graph, settings, data, progress))
     plan = train_plan(graph, plan, settings, data, _labelled(progress, "train"))
     changes = {n: f"weights int{w.bits}, trained {settings.epochs} epochs" for n, w in plan.weights.items()}

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
 
-__all__ = ["PTQ", "QAT", "Quantization", "WeightType", "bits_of"]
+__all__ = ["PTQ", "QAT", "Quantization", "Reconstruct", "WeightType", "bits_of", "stored_bits"]
 
 _FORBID = ConfigDict(extra="forbid")
 
@@ -20,13 +20,20 @@ def bits_of(kind: str) -> int:
     return int(kind.removeprefix("int"))
 
 
+def stored_bits(kind: str) -> int:
+    """Bits that activations of this type take in a frozen program: 8 for everything below."""
+    return max(8, bits_of(kind))
+
+
 @dataclass(frozen=True, config=_FORBID, kw_only=True)
 class Quantization:
     """What both kinds of quantization share.
 
     Attributes:
         weights: integer type of weights; per output channel (see ``per_channel``), symmetric.
-        activations: integer type of activations. int16 is defined by the frozen program; no shipped target takes it yet.
+        activations: integer type of activations. int16 is defined by the frozen program; no shipped target takes it yet. int4 and
+            int2: what ReLUs make and a weighted layer other than the last reads has 16 or 4 levels, stored as int8 (no smaller and
+            no faster here); all else keeps int8, and is named.
         observer: how the range of an activation is chosen from calibration data. ``minmax``: the extremes; ``moving_average``:
             their exponential mean over batches; ``percentile``: cuts both tails; ``mse``: the clip with the least error;
             ``entropy``: the clip with the least Kullback-Leibler divergence (Migacz 2017).
@@ -43,7 +50,7 @@ class Quantization:
     """
 
     weights: WeightType = "int8"
-    activations: Literal["int8", "int16"] = "int8"
+    activations: Literal["int8", "int16", "int4", "int2"] = "int8"
     observer: Literal["minmax", "moving_average", "percentile", "mse", "entropy"] = "mse"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     symmetric_activations: bool = False
@@ -68,21 +75,53 @@ class Quantization:
 
 
 @dataclass(frozen=True, config=_FORBID, kw_only=True)
+class Reconstruct:
+    """How ``method: adaround`` and ``method: brecq`` learn: each layer or block by gradient on its own output's error.
+
+    Attributes:
+        steps: optimizer steps for each layer or block.
+        batch_size: samples in a step.
+        learning_rate: of the rounding gates (Adam).
+        drop: probability with which an activation stays float while learning (QDrop); 0: all are quantized.
+        learn_scales: activation scales learn too (LSQ).
+        rounding: weight of the term that drives gates to 0 or 1, beside an error in units of the output's variance.
+        held_out: share of the calibration samples that is not learned from; where the error on them does not fall, the layer or
+            block keeps what it had before.
+        memory_mb: memory for cached inputs and outputs of blocks; what is more is mapped from temporary files.
+    """
+
+    steps: Annotated[int, Field(ge=1)] = 1000
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    drop: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    learn_scales: bool = True
+    rounding: Annotated[float, Field(ge=0)] = 0.01
+    held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.125
+    memory_mb: Annotated[int, Field(ge=1)] = 1024
+
+
+@dataclass(frozen=True, config=_FORBID, kw_only=True)
 class PTQ(Quantization):
     """Post-training quantization.
 
     Attributes:
         method: how weights are rounded. ``nearest``; ``gptq`` (Frantar et al. 2022) and ``gpfq`` (Lybrand and Saab 2021): column
             by column, each error compensated by what is left; ``learned_round`` (AdaRound, Nagel et al. 2020): by gradient.
+            ``adaround`` and ``brecq`` (Li et al. 2021) reconstruct each layer, or each block found on the graph: rounding, biases and
+            activation scales together, as ``reconstruct`` says.
         equalize: cross-layer equalization before quantization (Nagel et al. 2019).
         bias_correction: correct each bias by the mean error that quantization made (Nagel et al. 2019).
         learned_round_steps: optimizer steps of ``learned_round`` for each layer.
+        reconstruct: settings of ``adaround`` and ``brecq``.
+        device: "cpu" or "cuda": where ``adaround`` and ``brecq`` learn.
     """
 
-    method: Literal["nearest", "gptq", "gpfq", "learned_round"] = "nearest"
+    method: Literal["nearest", "gptq", "gpfq", "learned_round", "adaround", "brecq"] = "nearest"
     equalize: bool = False
     bias_correction: bool = False
     learned_round_steps: Annotated[int, Field(ge=1)] = 200
+    reconstruct: Reconstruct = Field(default_factory=Reconstruct)
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 @dataclass(frozen=True, config=_FORBID, kw_only=True)

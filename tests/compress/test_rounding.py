@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from float_models import SHAPES, Encoder, Functional, Modules, Waves, build
+from float_models import SHAPES, Encoder, Functional, Modules, Waves, build, related
 from torch import nn
 
 from edgekit.compress.capture import Graph, capture
@@ -26,15 +26,6 @@ def ready(kind: type[nn.Module]) -> tuple[Graph, torch.Tensor]:
     """A captured model and inputs; nothing changes a graph, so tests share it."""
     model, x = build(kind, 32)
     return capture(model, (x[:1],)), x
-
-
-def related(shape: tuple[int, ...], n: int = 128) -> torch.Tensor:
-    """Inputs whose values depend on each other, as those of real layers do: few factors, smooth over the image."""
-    factors = torch.randn(n, 3, *shape[1:])
-    if len(shape) == 3:
-        factors = nn.functional.avg_pool2d(nn.functional.pad(factors, (2, 2, 2, 2), "circular"), 5, 1) * 5
-    mixed = torch.einsum("cf,nf...->nc...", torch.randn(shape[0], 3), factors)
-    return mixed + 0.1 * torch.randn_like(mixed)
 
 
 def output_error(model: nn.Module, x: torch.Tensor, method: str) -> float:

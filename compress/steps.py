@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import fx, nn
@@ -57,12 +58,23 @@ class _State:
     plan: Plan | None = None
     passes: tuple[dict[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()
+    folder: Path | None = None
 
 
 def apply(
-    model: nn.Module, blocks: Sequence[_Block], data: Data, *, name: str = "model", progress: Progress | None = None
+    model: nn.Module,
+    blocks: Sequence[_Block],
+    data: Data,
+    *,
+    name: str = "model",
+    progress: Progress | None = None,
+    folder: Path | None = None,
 ) -> Compressed:
     """Compress ``model`` by ``blocks``, each with a ``kind`` ("lowrank", "ptq", "qat", ...) and its ``settings``.
+
+    Args:
+        folder: finished parts of long methods are kept here and taken from here, so that an interrupted call goes on where it
+            was; for one model, data and blocks only.
 
     Raises:
         InputError: no blocks, or a float pass after quantization.
@@ -73,7 +85,7 @@ def apply(
     from edgekit.compress.ptq.simulate import simulate
 
     graph = capture(model, sample_inputs(model, data))
-    state = _State(graph, graph)
+    state = _State(graph, graph, folder=folder)
     for block in blocks:
         state = _STEPS[block.kind](state, block, data, progress)
     plan = state.plan or _float_plan(state.graph)
@@ -92,6 +104,11 @@ def _quantizing(
     graph, plan = step(state.graph, block.settings, data, state.plan, progress)
     entry = {"kind": block.kind, "settings": asdict(block.settings), "layers": dict(plan.changes)}
     return replace(state, graph=graph, plan=plan, passes=(*state.passes, entry))
+
+
+def _ptq(state: _State, block: _Block, data: Data, progress: Progress | None) -> _State:
+    folder = None if state.folder is None else state.folder / str(len(state.passes))
+    return _quantizing(partial(quantize, folder=folder), state, block, data, progress)
 
 
 def _in_float(load: Callable[[], FloatPass], state: _State, block: _Block, data: Data, progress: Progress | None) -> _State:
@@ -122,7 +139,7 @@ def _repair(state: _State, block: _Block, data: Data, progress: Progress | None)
 _STEPS: dict[str, Callable[[_State, _Block, Data, Progress | None], _State]] = {
     "lowrank": partial(_in_float, _lowrank),
     "repair": _repair,
-    "ptq": partial(_quantizing, quantize),
+    "ptq": _ptq,
     "qat": partial(_quantizing, train),
 }
 """Block to what it does to the state; float passes are imported when they are used."""

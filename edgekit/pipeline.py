@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgekit import environment, recipe, runfolder, source
+from edgekit import cache, environment, recipe, runfolder, source
 from edgekit.data import Data, fingerprint, sample_inputs
 from edgekit.errors import FormatError, InputError, MissingTool
 from edgekit.files import sha256, write_json, write_whole
@@ -315,14 +316,22 @@ def _compress(stages: Stages, settings: Recipe, loaded: _Loaded) -> None:
         from edgekit.frozen import save
 
         _seed(settings.seed)
-        made = apply(loaded.model, settings.compress, loaded.data, name=settings.name, progress=stages.progress)
+        unfinished = cache.folder() / "unfinished" / cache.key("compress", inputs)
+        if not stages.resume:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        made = apply(
+            loaded.model, settings.compress, loaded.data, name=settings.name, progress=stages.progress, folder=unfinished
+        )
         save(made.program, stages.folder / "frozen.pt2")
         write_json(stages.folder / "compress.json", made.record)
-        return ["frozen.pt2", "compress.json", evaluate("compressed", made.simulation, simulated=True)]
+        files = ["frozen.pt2", "compress.json", evaluate("compressed", made.simulation, simulated=True)]
+        shutil.rmtree(unfinished, ignore_errors=True)
+        return files
 
     stages.cached("float", loaded.keys, lambda: [evaluate("float", loaded.model)])
     blocks = [[b.kind, asdict(b.settings)] for b in settings.compress]
-    stages.cached("compress", {**loaded.keys, "blocks": blocks, "name": settings.name, "seed": settings.seed}, quantize)
+    inputs = {**loaded.keys, "blocks": blocks, "name": settings.name, "seed": settings.seed}
+    stages.cached("compress", inputs, quantize)
     stages.warnings += json.loads((stages.folder / "compress.json").read_text())["warnings"]
 
 

@@ -81,7 +81,7 @@ def quantization_of(low: float, high: float, bits: int = 8, symmetric: bool = Fa
 
 
 def narrowed(high: float, bits: int) -> ActQ:
-    """8-bit quantization of what a ReLU made, that uses only the top ``2 ** bits`` integers: ``narrowed(3.0, 4).zero_point == 112``.
+    """8-bit quantization of what a ReLU made with only the top ``2 ** bits`` integers: ``narrowed(3.0, 4).zero_point == 112``.
 
     The zero point is the lowest of them, so the ReLU's own clamp and the saturation of int8 are all that holds values on the grid
     of few bits: no operator and no target needs to know.

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from edgekit.compress.capture import Graph
 from edgekit.compress.ptq.observers import ActQ, Observer, choose_range, narrowed, quantization_of
 from edgekit.compress.ptq.settings import Quantization, bits_of, stored_bits
+from edgekit.compress.ptq.sharing import eight_bit_inputs, few_bits, fixed_activations, groups
 from edgekit.compress.ptq.units import Unit, weight_of
 from edgekit.errors import DataError
 from edgekit.frozen import Unquantized
@@ -23,9 +24,6 @@ __all__ = [
     "WeightQ",
     "calibrate",
     "fit",
-    "fixed_activations",
-    "few_bits",
-    "groups",
     "make_plan",
     "minimal_scale",
     "quantization_for",
@@ -38,7 +36,6 @@ __all__ = [
 Batches = Callable[[], Iterable[tuple[Tensor, ...]]]
 """Makes a fresh stream of calibration batches, one tensor (B, ...) for each input of the model."""
 
-_FIXED = {"sigmoid": ActQ(1 / 256, -128), "hardsigmoid": ActQ(1 / 256, -128), "tanh": ActQ(1 / 128, 0)}
 _MAX_BIAS = {8: 1 << 20, 16: 1 << 30}
 """Largest bias integer by activation bits; up to 2^20 its float32 form goes back to the same integer in every converter."""
 
@@ -172,7 +169,7 @@ def calibrate(graph: Graph, units: Sequence[Unit], settings: Quantization, data:
         _observe(graph, watched, observers, data, "count")
     few = few_bits(units, settings)
     result: dict[str, ActQ] = {}
-    warnings = _eight_bit_inputs(units, few, settings)
+    warnings = eight_bit_inputs(units, few, settings)
     for name, root in shared.items():
         if root in fixed and stored_bits(settings.activations) == 8:
             result[name] = fixed[root]
@@ -198,70 +195,6 @@ def quantization_for(observer: Observer, settings: Quantization, few: bool = Fal
     bits, symmetric = stored_bits(settings.activations), settings.symmetric_activations
     low, high = choose_range(observer, method, settings.percentile, bits, symmetric)
     return quantization_of(low, high, bits, symmetric)
-
-
-def few_bits(units: Sequence[Unit], settings: Quantization) -> set[str]:
-    """Roots of the groups of activations that get fewer than 8 bits: made by ReLUs alone and read by a weighted layer.
-
-    The last weighted layer's input keeps 8 bits with ``keep_first_last_8bit``.
-    """
-    if bits_of(settings.activations) >= 8:
-        return set()
-    shared = groups(units)
-    weighted = [u for u in units if u.weight is not None]
-    read = {shared[u.inputs[0].name] for u in weighted}
-    if settings.keep_first_last_8bit and weighted:
-        read.discard(shared[weighted[-1].inputs[0].name])
-    made = {u.output.name for u in units}
-    other = {shared[u.output.name] for u in units if not (u.inherits or u.kind == "qconcat" or _made_by_relu(u))}
-    other |= {shared[n.name] for u in units for n in u.inputs if n.name not in made}
-    other |= {shared[u.output.name] for u in units if any(n.op == "output" for n in u.output.users)}
-    return read - other
-
-
-def _made_by_relu(unit: Unit) -> bool:
-    return unit.activation != "none" or unit.attributes.get("function") in ("relu", "relu6")
-
-
-def _eight_bit_inputs(units: Sequence[Unit], few: set[str], settings: Quantization) -> list[str]:
-    """A sentence that names the layers whose inputs have more bits than asked for."""
-    if bits_of(settings.activations) >= 8:
-        return []
-    shared = groups(units)
-    weighted = [u for u in units if u.weight is not None]
-    inner = weighted[1:-1] if settings.keep_first_last_8bit else weighted
-    wide = [u.name for u in inner if shared[u.inputs[0].name] not in few]
-    if not wide:
-        return []
-    names = ", ".join(wide[:5]) + (f" and {len(wide) - 5} more" if len(wide) > 5 else "")
-    return [f"activations: {len(wide)} layers keep 8-bit inputs, which no ReLU made ({names})"]
-
-
-def fixed_activations(units: Sequence[Unit]) -> dict[str, ActQ]:
-    """Outputs whose range is known beforehand (sigmoid, tanh), by fx node name; for 8-bit activations."""
-    return {u.output.name: _FIXED[f] for u in units if (f := u.attributes.get("function")) in _FIXED}
-
-
-def groups(units: Sequence[Unit]) -> dict[str, str]:
-    """Node name to the name of the node whose quantization it shares (union-find over inherited and joined outputs)."""
-    parent: dict[str, str] = {}
-
-    def find(name: str) -> str:
-        parent.setdefault(name, name)
-        while parent[name] != name:
-            name = parent[name]
-        return name
-
-    fixed = fixed_activations(units)
-    for unit in units:
-        for node in (*unit.inputs, unit.output):
-            find(node.name)
-        shared = unit.inputs[:1] if unit.inherits else unit.inputs if unit.kind == "qconcat" else ()
-        for node in shared:
-            if unit.kind == "qconcat" and find(node.name) in fixed:
-                continue
-            parent[find(unit.output.name)] = find(node.name)
-    return {name: find(name) for name in list(parent)}
 
 
 class _Watcher(fx.Interpreter):

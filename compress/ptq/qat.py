@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from edgekit.compress.capture import Graph
 from edgekit.compress.ptq.brevitas_twin import brevitas_layer, layers_of
 from edgekit.compress.ptq.observers import ActQ
-from edgekit.compress.ptq.plan import Plan, WeightQ, fixed_activations, groups, minimal_scale, quantize_weight
+from edgekit.compress.ptq.plan import Plan, WeightQ, minimal_scale, quantize_weight
 from edgekit.compress.ptq.settings import QAT
+from edgekit.compress.ptq.sharing import fixed_activations, groups
 from edgekit.compress.ptq.simulate import simulate
 from edgekit.compress.ptq.units import Unit, weight_of
 from edgekit.data import Data, Source, batches

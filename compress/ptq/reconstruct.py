@@ -11,7 +11,7 @@ them than before altogether keeps the plan it came with.
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,25 +20,21 @@ import torch
 from torch import Tensor, fx, nn
 
 from edgekit.compress.capture import Graph
-from edgekit.compress.ptq.observers import ActQ, Observer
-from edgekit.compress.ptq.plan import Batches, Plan, WeightQ, few_bits, fit, fixed_activations, groups, quantization_for, with_bias
+from edgekit.compress.ptq.observers import ActQ
+from edgekit.compress.ptq.plan import Batches, Plan, WeightQ, fit
 from edgekit.compress.ptq.region_files import read_region, write_region
 from edgekit.compress.ptq.regions import Region, extract, find_regions, part_plan, run_region
 from edgekit.compress.ptq.sample_store import Store
 from edgekit.compress.ptq.settings import PTQ
+from edgekit.compress.ptq.sharing import few_bits, fixed_activations, groups
 from edgekit.compress.ptq.simulate import simulate
-from edgekit.compress.ptq.soft import Chances, LearnedActivation, SoftLayer, rounding_loss
-from edgekit.compress.ptq.units import Unit, weight_of
+from edgekit.compress.ptq.student import Student, learn
 from edgekit.errors import DataError, InputError
 
-__all__ = ["Outcome", "reconstruct"]
+__all__ = ["Engine", "Outcome", "reconstruct"]
 
 _PASS = 64
 """Samples in one pass without gradients."""
-_SEEN = 256
-"""Samples that activation ranges are taken from."""
-_WARM = 0.2
-_SCALE_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -83,19 +79,25 @@ def reconstruct(
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise InputError("ptq: device cuda was asked for, but torch sees no CUDA device; use device: cpu")
     with Store(settings.reconstruct.memory_mb << 20) as store:
-        engine = _Engine(graph, plan, settings, store, folder, progress)
+        engine = Engine(graph, plan, settings, store, folder, progress)
         engine.load(data)
         for i in range(len(engine.regions)):
             engine.region(i)
         return engine.judged(plan)
 
 
-class _Engine:
+class Engine:
     """The state between regions: the plan so far and the values that later regions read."""
 
     def __init__(
-        self, graph: Graph, plan: Plan, settings: PTQ, store: Store, folder: Path | None, progress: Callable[[int, int], None] | None
-    ) -> None:  # fmt: skip
+        self,
+        graph: Graph,
+        plan: Plan,
+        settings: PTQ,
+        store: Store,
+        folder: Path | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
         self.graph, self.plan, self.settings, self.store = graph, plan, settings, store
         self.how = settings.reconstruct
         self.regions = find_regions(graph, plan.units, settings.method == "brecq")
@@ -127,7 +129,9 @@ class _Engine:
             self.store[f"f:{name}"].trim(done)
         self.samples, self.held_out = done, max(1, round(done * self.how.held_out))
         if done < 2:
-            raise DataError(f"{self.settings.method}: {done} calibration samples; at least 2 are needed, 256 or more are sensible")
+            raise DataError(
+                f"{self.settings.method}: {done} calibration samples; at least 2 are needed, 256 or more are sensible"
+            )
 
     def rows(self, kind: str, names: Sequence[str], index: Tensor | slice) -> tuple[Tensor, ...]:
         """Samples of values in the float ("f") or quantized ("q") model."""
@@ -160,7 +164,8 @@ class _Engine:
         if found is None:
             found = self._improved(i, part, region)
             if file is not None:
-                write_region(file, *found)
+                with contextlib.suppress(InputError):  # a cache that cannot be written only costs the way back
+                    write_region(file, *found)
         weights, activations, figures = found
         self.plan = replace(
             self.plan, weights={**self.plan.weights, **weights}, activations={**self.plan.activations, **activations}
@@ -233,146 +238,13 @@ class _Engine:
                 for k, found in enumerate((old, new)):
                     errors[k] += sum(float((a - b).square().sum()) for a, b in zip(found, wanted, strict=True))
         if errors[1] < errors[0]:
-            overfit = [o for o in self.outcomes if not o.kept]
-            lost = f"{self.settings.method}: {len(overfit)} of {len(self.outcomes)} parts learned nothing that held on held-out samples"
-            return replace(self.plan, warnings=(*plan.warnings, *([lost] if overfit else []))), tuple(self.outcomes)
+            return self.plan, tuple(self.outcomes)
         ratio = errors[1] / max(errors[0], 1e-12)
         said = (
-            f"{self.settings.method}: on {self.held_out} held-out samples the outputs' error is {ratio:.2f} times that of rounding "
-            "to nearest, which was kept; give more calibration samples"
+            f"{self.settings.method}: on {self.held_out} held-out samples the outputs' error is {ratio:.2f} times that of "
+            "rounding to nearest, which was kept; give more calibration samples"
         )
         return replace(plan, warnings=(*plan.warnings, said)), ()
-
-
-class Student:
-    """A region that can learn: the simulation of its plan with soft weights and learned activation scales."""
-
-    def __init__(self, engine: _Engine, part: Graph, region: Region) -> None:
-        self.engine, self.region = engine, region
-        self.plan = part_plan(part, region, engine.plan)
-        self.scales: dict[str, nn.Parameter] = {}
-        self.layers: dict[str, SoftLayer] = {}
-        self.quantizers: list[LearnedActivation] = []
-        self.inside = set(region.inputs) & engine.made
-        self.part = part
-        self.module: fx.GraphModule = simulate(part, self.plan, self._layer, self._quantizer).to(engine.settings.device)
-        self.ready = {q.name for q in self.quantizers if engine.shared[q.name] in engine.settled}
-
-    def _layer(self, unit: Unit, plan: Plan) -> nn.Module:
-        made = SoftLayer(unit, weight_of(self.part, unit)[0].cpu(), plan.weights[unit.name])
-        self.layers[unit.name] = made
-        return made
-
-    def _quantizer(self, name: str, q: ActQ, activation: str) -> nn.Module:
-        if name in self.inside:  # its maker has quantized it
-            return nn.Identity()
-        root = self.engine.shared[name]
-        if root not in self.scales:
-            self.scales[root] = nn.Parameter(torch.tensor(math.log(q.scale)))
-        made = LearnedActivation(name, q, activation, self.scales[root])
-        self.quantizers.append(made)
-        return made
-
-    def calibrate(self) -> None:
-        """Choose each scale from what the layers before it give when quantized; float weights."""
-        engine, observers = self.engine, {root: Observer() for root in self.scales}
-        done: set[str] = set(engine.settled)
-
-        def see(quantizer: LearnedActivation, x: Tensor) -> None:
-            root = engine.shared[quantizer.name]
-            if root in done:
-                return
-            low_clipped = x.clamp(min=0) if quantizer.activation != "none" else x
-            low_clipped = low_clipped.clamp(max=6) if quantizer.activation == "relu6" else low_clipped
-            observer = observers[root]
-            observer.extend(low_clipped.cpu())
-            observer.count(low_clipped.cpu())
-            q = quantization_for(observer, engine.settings, root in engine.few)
-            for other in self.quantizers:
-                if engine.shared[other.name] == root:
-                    other.q = q
-            self.scales[root].data.fill_(math.log(q.scale))
-            done.add(root)
-
-        for quantizer in self.quantizers:
-            quantizer.seen = see
-        count = min(_SEEN, engine.samples - engine.held_out) if engine.graph.dynamic_batch else 1
-        with torch.no_grad():
-            self.module(*engine.rows("q", self.region.inputs, slice(0, count)))
-        for quantizer in self.quantizers:
-            quantizer.seen = None
-        engine.settled |= done
-
-    def activations(self) -> dict[str, ActQ]:
-        """Names that share a scale with a quantizer of this region, with the scale as it is now (a float32 value)."""
-        qs = {self.engine.shared[q.name]: q for q in self.quantizers if q.name not in self.ready}
-        found = {}
-        for name, root in self.engine.shared.items():
-            if root in qs:
-                found[name] = replace(qs[root].q, scale=float(self.scales[root].detach().exp().cpu()))
-        return found
-
-    def weights(self, plan: Plan) -> dict[str, WeightQ]:
-        """Integers and biases as they are now."""
-        found = {}
-        now = self.activations()
-        for unit in self.plan.units:
-            if unit.weight is not None:
-                layer, w = self.layers[unit.name], plan.weights[unit.name]
-                x = now.get(unit.inputs[0].name, plan.activations[unit.inputs[0].name])
-                w = replace(w, integers=layer.integers().cpu())
-                found[unit.name] = with_bias(w, layer.bias.detach().double().cpu(), x)
-        return found
-
-
-def learn(engine: _Engine, student: Student, region: Region, generator: torch.Generator, done: int) -> None:
-    """Optimize a region's gates, biases and scales for ``steps`` steps."""
-    how, device = engine.how, engine.settings.device
-    layers = list(student.layers.values())
-    learned = engine.samples - engine.held_out
-    spread = [float(y.var()) for y in engine.rows("f", region.outputs, slice(0, min(_SEEN, learned)))]
-    free = [p for root, p in student.scales.items() if how.learn_scales and not any(
-        engine.shared[q.name] == root and q.name in student.ready for q in student.quantizers)]  # fmt: skip
-    for p in student.scales.values():
-        p.requires_grad_(any(p is f for f in free))
-    gates = torch.optim.Adam([layer.gate for layer in layers], how.learning_rate)
-    rest = [{"params": [layer.bias for layer in layers], "lr": how.learning_rate * math.sqrt(max(spread)) / 10}]
-    rest += [{"params": free, "lr": _SCALE_RATE}] if free else []
-    others = torch.optim.Adam(rest)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(others, how.steps)
-    chances = Chances(how.drop, generator, device=device) if how.drop else None
-    for quantizer in student.quantizers:
-        quantizer.chances = chances if quantizer.q.bits == 8 and quantizer.name not in engine.outputs else None
-    total = sum(1 for r in engine.regions if r.layers) * how.steps
-    for step in range(how.steps):
-        size = how.batch_size if engine.graph.dynamic_batch else 1
-        index = torch.randint(learned, (size,), generator=generator)
-        x = engine.rows("q", region.inputs, index)
-        if chances is not None:
-            x = _mixed(x, engine.rows("f", region.inputs, index), chances)
-        found = run_region(student.module, x)
-        targets = engine.rows("f", region.outputs, index)
-        loss = torch.stack([(a - b).square().mean() / max(v, 1e-12) for a, b, v in zip(found, targets, spread, strict=True)]).sum()
-        if step >= _WARM * how.steps:
-            beta = 20 - 18 * (step / how.steps - _WARM) / (1 - _WARM)
-            loss = loss + how.rounding * rounding_loss(layers, beta)
-        gates.zero_grad()
-        others.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        gates.step()
-        others.step()
-        cosine.step()
-        if engine.progress and step % 20 == 0:
-            engine.progress(done * how.steps + step, total)
-    for quantizer in student.quantizers:
-        quantizer.chances = None
-
-
-def _mixed(quantized: Sequence[Tensor], real: Sequence[Tensor], chances: Chances) -> tuple[Tensor, ...]:
-    """Each value from the quantized or, with the probability of ``chances``, from the float model."""
-    return tuple(
-        torch.lerp(q, f, chances.mask(q.shape)) if q.is_floating_point() else q for q, f in zip(quantized, real, strict=True)
-    )
 
 
 def _placed(x: Tensor, device: str) -> Tensor:

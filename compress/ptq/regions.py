@@ -92,9 +92,11 @@ def _free(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Nodes that any region can compute for itself: parameters, sizes, and what is made of them alone."""
     free: set[fx.Node] = set()
     for node in nodes:
-        if node.op == "get_attr" or node.target == ATEN.sym_size.int:
-            free.add(node)
-        elif node.op == "call_function" and all(n in free for n in node.all_input_nodes):
+        if (
+            node.op == "get_attr"
+            or node.target == ATEN.sym_size.int
+            or (node.op == "call_function" and all(n in free for n in node.all_input_nodes))
+        ):
             free.add(node)
     return free
 
@@ -128,7 +130,7 @@ def _blocks(atoms: list[_Atom], alive: int) -> list[list[_Atom]]:
 
 
 def _joined(parts: list[list[_Atom]]) -> list[list[_Atom]]:
-    """Parts without weights, and those that end in a depthwise layer, with the part after them; the rest with the one before."""
+    """Parts without weights, and those that are one depthwise layer, with the part after them; the rest with the one before."""
     result: list[list[_Atom]] = []
     held: list[_Atom] = []
     for part in parts:

@@ -31,9 +31,9 @@ class Quantization:
 
     Attributes:
         weights: integer type of weights; per output channel (see ``per_channel``), symmetric.
-        activations: integer type of activations. int16 is defined by the frozen program; no shipped target takes it yet. int4 and
-            int2: what ReLUs make and a weighted layer other than the last reads has 16 or 4 levels, stored as int8 (no smaller and
-            no faster here); all else keeps int8, and is named.
+        activations: integer type of activations. int16 is defined by the frozen program; no shipped target takes it yet. int4
+            and int2: what ReLUs make and a weighted layer other than the last reads has 16 or 4 levels, stored as int8 (no
+            smaller and no faster here); all else keeps int8, and is named.
         observer: how the range of an activation is chosen from calibration data. ``minmax``: the extremes; ``moving_average``:
             their exponential mean over batches; ``percentile``: cuts both tails; ``mse``: the clip with the least error;
             ``entropy``: the clip with the least Kullback-Leibler divergence (Migacz 2017).
@@ -107,8 +107,8 @@ class PTQ(Quantization):
     Attributes:
         method: how weights are rounded. ``nearest``; ``gptq`` (Frantar et al. 2022) and ``gpfq`` (Lybrand and Saab 2021): column
             by column, each error compensated by what is left; ``learned_round`` (AdaRound, Nagel et al. 2020): by gradient.
-            ``adaround`` and ``brecq`` (Li et al. 2021) reconstruct each layer, or each block found on the graph: rounding, biases and
-            activation scales together, as ``reconstruct`` says.
+            ``adaround`` and ``brecq`` (Li et al. 2021) reconstruct each layer, or each block found on the graph: rounding,
+            biases and activation scales together, as ``reconstruct`` says.
         equalize: cross-layer equalization before quantization (Nagel et al. 2019).
         bias_correction: correct each bias by the mean error that quantization made (Nagel et al. 2019).
         learned_round_steps: optimizer steps of ``learned_round`` for each layer.

@@ -159,5 +159,5 @@ class LearnedActivation(nn.Module):
         if mask is not None and self.activation == "relu6":
             x = F.hardtanh(x, 0.0, 6.0)
         zero, lifted = self.q.zero_point, self.activation == "relu"
-        found: Tensor = _FakeQuantize.apply(x, self.log_scale, low - zero, high - zero, lifted, mask)
+        found: Tensor = _FakeQuantize.apply(x, self.log_scale, low - zero, high - zero, lifted, mask)  # type: ignore[no-untyped-call]
         return found

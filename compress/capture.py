@@ -52,10 +52,12 @@ def tensor_of(module: nn.Module, node: fx.Node) -> Tensor:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise ModelError naming the first parameter or buffer that holds NaN or Inf."""
+    """Raise ModelError naming the first parameter or buffer that holds NaN or Inf; -Inf in a buffer is an attention mask."""
+    masks = {id(value) for value in model.buffers()}
     for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            bad = int((~torch.isfinite(value)).sum())
+        fine = torch.isfinite(value) | (value == -torch.inf) if id(value) in masks else torch.isfinite(value)
+        if value.is_floating_point() and not fine.all():
+            bad = int((~fine).sum())
             raise ModelError(f"weights: {name} holds {bad} NaN or Inf values of {value.numel()}; train or load the model again")
 
 

@@ -122,7 +122,7 @@ def print_profile(found: Profile) -> None:
 
 
 def shortfalls(folder: Path) -> list[str]:
-    """Sentences on what of a run is less than was asked for: operators in float, weights stored wider, float made integer."""
+    """Sentences on what of a run is less than was asked for: operators in float, weights stored wider."""
     from edgekit.frozen import load
 
     frozen = folder / "frozen.pt2"
@@ -146,7 +146,6 @@ def shortfalls(folder: Path) -> list[str]:
         total, real = sum(r["macs"] for r in rows), sum(r["macs"] for r in rows if r["runs"] == "float")
         if real:
             found.append(f"{target}: {100 * real / total:.3g} % of the multiply-accumulates run in float")
-        found += [f"{target}: {note}" for note in facts["notes"] if "became int8" in note]
     return found
 
 

@@ -3,8 +3,10 @@
 Every traced node carries the name of the frozen layer it belongs to (nodes that stay float: "~" and the fx node's name), which
 the converter keeps in its tensor names; :mod:`edgekit.targets.tflite_finish` turns those into the final names.
 
-Two facts of litert-torch 0.10 shape this file: weights must come as float constants with quantize and dequantize in the graph,
-and ``quant_config`` must be given, else the result is a float graph with QUANTIZE and DEQUANTIZE around every operator.
+Three facts of litert-torch 0.10 shape this file: weights must come as float constants with quantize and dequantize in the graph;
+``quant_config`` must be given, else the result is a float graph with QUANTIZE and DEQUANTIZE around every operator; and then any
+float operator (GELU, MEAN, TRANSPOSE_CONV, ...) beside a QUANTIZE or DEQUANTIZE becomes an int8 one. So each border between the
+integer and the float part carries a :data:`BARRIER`, an operator without an int8 form, which the finish takes out again.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ from edgekit.errors import UnsupportedError, missing_extra
 from edgekit.frozen import FrozenProgram
 from edgekit.targets import qdq
 
-__all__ = ["convert", "quiet", "trace"]
+__all__ = ["BARRIER", "convert", "quiet", "trace"]
+
+BARRIER = "|"
+"""What the label of a barrier, a FLOOR that is only there while the converter runs, begins with."""
 
 _Q: Any = torch.ops.quantized_decomposed
 
@@ -52,6 +57,13 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
         proxy = super().create_proxy(*args, **kwargs)
         proxy.node.meta["nn_module_stack"] = {"layer": ("", self.layer)}  # the converter writes "<layer>;" into its locations
         return proxy
+
+    def barrier(self, value: fx.Proxy, name: str) -> fx.Proxy:
+        """The value behind an operator that no quantization pattern of the converter crosses."""
+        layer, self.layer = self.layer, f"{BARRIER}{name}"
+        stopped = self.create_proxy("call_function", torch.ops.aten.floor.default, (value,), {})
+        self.layer = layer
+        return stopped
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,23 @@ def trace(program: FrozenProgram, channel_last: bool) -> tuple[fx.GraphModule, t
     rules["qavg_pool2d"] = partial(_avg_pool, style, rules["qavg_pool2d"])
     names = {layer.node: layer.name for layer in program.layers}
     values: dict[fx.Node, Any] = {}
+    stopped: dict[fx.Node, Any] = {}
     samples: list[Tensor] = []
+
+    def across(node: fx.Node) -> Any:
+        """A value on the other side of the border between the integer and the float part."""
+        if node not in stopped:
+            stopped[node] = tracer.barrier(values[node], node.name)
+        return stopped[node]
+
+    def real(node: fx.Node) -> Any:
+        """What a float operator reads."""
+        return across(node) if node.name in names else values[node]
+
+    def integer(node: fx.Node) -> Any:
+        """What a frozen layer reads."""
+        return values[node] if node.name in names or node.op != "call_function" else across(node)
+
     for node in program.module.graph.nodes:
         tracer.layer = names.get(node.name, f"~{node.name}")
         if node.op == "placeholder":
@@ -128,7 +156,7 @@ def trace(program: FrozenProgram, channel_last: bool) -> tuple[fx.GraphModule, t
         elif node.op == "output":
             graph.output(fx.map_arg(node.args[0], lambda n: tracer.create_arg(values[n])))
         else:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), integer if node.name in names else real)
             if node.name in names:
                 tracer.channels = _channels(node)
                 values[node] = rules[node.target._schema.name.split("::")[1]](*args, **kwargs)

@@ -48,10 +48,21 @@ def compare(file: TfliteFile, program: FrozenProgram) -> list[Mismatch]:
         table = next((t for t in file.tensors if t.name == f"{layer.name}/table"), None)
         if layer.op == "qlut" and table is not None:
             found += _array(layer, "table", table.values(), layer.args["table"].numpy())
+    found += _made_integer(file, program, ops)
     if all(node.op != "call_function" or str(node.target).startswith("edgekit.") for node in program.module.graph.nodes):
         strange = [op for op in ops.get("", []) if any(t.dtype == "FLOAT32" for t in file.activations(op))]
         found += [Mismatch(f"{op.kind}#{op.index}", "operator", "a float operator", "no float operator") for op in strange]
     return found
+
+
+def _made_integer(file: TfliteFile, program: FrozenProgram, ops: Mapping[str, list[Op]]) -> Iterator[Mismatch]:
+    """Operators that the program has in float and the file computes in int8; moving integers instead of floats is the same."""
+    quantizers = {layer.name for layer in program.layers if layer.op == "quantize"}
+    for owner, mine in ops.items():
+        for op in mine if owner.startswith("~") or owner in quantizers else ():
+            types = {t.dtype for t in file.activations(op)}
+            if op.kind not in ("QUANTIZE", "DEQUANTIZE", *_MOVING) and "INT8" in types:
+                yield Mismatch(owner.removeprefix("~"), "type", f"INT8 in {op.kind}", "FLOAT32")
 
 
 def _activation(file: TfliteFile, layer: Layer) -> Iterator[Mismatch]:
@@ -204,18 +215,8 @@ def _macs(file: TfliteFile, op: Op) -> int:
 
 
 def notes(file: TfliteFile, program: FrozenProgram) -> tuple[str, ...]:
-    """What a user would not expect: float operators that became int8, transposes that the converter added."""
+    """What a user would not expect: transposes that the converter added."""
     found: list[str] = []
-    ops = _by_owner(file)
-    for layer in program.layers:
-        if layer.op == "quantize":
-            names = [op.kind for op in ops.get(layer.name, []) if op.kind not in ("QUANTIZE", *_MOVING)]
-            if names:
-                found.append(f"float operator(s) before {layer.name} became int8: {', '.join(names)}")
-    for owner, rest in ops.items():
-        names = [op.kind for op in rest if op.kind not in ("QUANTIZE", "DEQUANTIZE", *_MOVING)]
-        if owner.startswith("~") and names and all(t.dtype == "INT8" for op in rest for t in file.activations(op)):
-            found.append(f"float operator {owner[1:]} became int8: {', '.join(names)}")
     permuted = {layer.name for layer in program.layers if layer.op == "qpermute"}
     added = [op for op in file.ops if op.kind == "TRANSPOSE" and _owner(file, op) not in permuted and _owner(file, op)[:1] != "~"]
     if added:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from edgekit.frozen import FrozenProgram, Layer
+from edgekit.targets.tflite_convert import BARRIER
 from edgekit.targets.tflite_edit import add_operator, add_tensor, restore_scales, write_luts
 from edgekit.targets.tflite_file import Op, TfliteFile, pack, parse, schema, serialize
 
@@ -42,7 +43,7 @@ def same_quantization(tensor: Any, layer: Layer) -> bool:
 
 def finish(content: bytes, program: FrozenProgram, *, channel_last: bool, float_io: bool, packed: bool) -> bytes:
     """The converter's bytes with edgekit's names, the program's biases to the last unit, and what was asked for."""
-    file = parse(content, program.name)
+    file = _without_barriers(parse(content, program.name), program.name)
     owners = _owners(file, program)
     model = file.model
     graph = model.subgraphs[0]
@@ -59,6 +60,19 @@ def finish(content: bytes, program: FrozenProgram, *, channel_last: bool, float_
     _drop_unused_buffers(model)
     _write_layouts(model, program, channel_last)
     return serialize(model)
+
+
+def _without_barriers(file: TfliteFile, where: str) -> TfliteFile:
+    """The file with every reader of a barrier's output reading its input instead; a model's own FLOOR stays."""
+    source: dict[int, int] = {}
+    for op in file.ops:
+        if op.kind == "FLOOR" and file.tensors[op.outputs[0]].name.startswith(BARRIER):  # the operator's own label comes first
+            source[op.outputs[0]] = source.get(op.inputs[0], op.inputs[0])
+    graph = file.model.subgraphs[0]
+    graph.operators = [op for op in graph.operators if int(op.outputs[0]) not in source]
+    for op in graph.operators:
+        op.inputs = [source.get(int(i), int(i)) for i in op.inputs]
+    return parse(serialize(file.model), where) if source else file
 
 
 def _labels(name: str) -> list[str]:
@@ -78,7 +92,25 @@ def _owners(file: TfliteFile, program: FrozenProgram) -> dict[int, str]:
         if tensor.data is None and found:
             owners[tensor.index] = max(exact or found, key=rank.__getitem__)
     owners |= _io_owners(file, program)
+    owners |= _shared_dequantizers(file, program, owners)
     return owners | _moved_quantizers(file, program, owners)
+
+
+def _shared_dequantizers(file: TfliteFile, program: FrozenProgram, owners: Mapping[int, str]) -> dict[int, str]:
+    """A DEQUANTIZE that only float operators read is the program's own, although the converter, which merges equal operators, may
+    have named it for the integer layer that reads the same tensor."""
+    own = {layer.inputs[0]: layer.name for layer in program.layers if layer.op == "dequantize"}
+    readers: dict[int, set[str]] = {}
+    for op in file.ops:
+        for index in op.inputs:
+            readers.setdefault(index, set()).add(owners.get(op.outputs[0], ""))
+    return {
+        out: own[source]
+        for op in file.ops
+        if op.kind == "DEQUANTIZE" and (source := owners.get(op.inputs[0], "")) in own
+        for out in op.outputs
+        if owners.get(out, "") not in readers.get(out, ())
+    }
 
 
 def _moved_quantizers(file: TfliteFile, program: FrozenProgram, owners: Mapping[int, str]) -> dict[int, str]:

@@ -18,7 +18,7 @@ from edgekit.artifact import Artifact
 from edgekit.errors import FormatError, InputError, ParityError, UnsupportedError
 from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module
 from edgekit.frozen.ops import lut_table
-from edgekit.targets import tflite, tflite_finish
+from edgekit.targets import tflite, tflite_convert, tflite_finish
 from edgekit.targets.tflite_file import pack, parse, serialize, unpack
 
 pytest.importorskip("litert_torch")
@@ -266,14 +266,50 @@ def test_packing_is_low_bits_first() -> None:
     assert unpack(pack(values, 4), 4, 101).tolist() == values.tolist()
 
 
-def test_float_parts_stay_float_and_what_became_int8_is_told(tmp_path: Path) -> None:
+def test_float_parts_stay_float(tmp_path: Path) -> None:
     frozen = program(Encoder, 6, 16)
     artifact = check(frozen, tmp_path / "m.tflite", noise(4, 6, 16))
     assert artifact.inputs[0].dtype == "float32" and artifact.outputs[0].dtype == "int8"
-    assert artifact.notes == ("float operator(s) before q3 became int8: GELU",)
+    assert artifact.notes == ()
+    file = parse(artifact.path.read_bytes(), "m")
+    kinds = {op.kind: op for op in file.ops}
+    assert "FLOOR" not in kinds, "barriers are taken out again"
+    for kind in ("GELU", "SOFTMAX", "MEAN", "BATCH_MATMUL"):
+        assert {t.dtype for t in file.activations(kinds[kind])} == {"FLOAT32"}, kind
     rows = {row.layer: row for row in artifact.coverage}
     assert rows["softmax"].runs == "float" and all(rows[n].runs == "delegated" for n in ("qkv", "proj", "up", "down", "head"))
     assert 0.8 < artifact.share_of_macs["delegated"] < 1.0
+
+
+class Floored(nn.Module):
+    """A floor of the model's own, and a transposed convolution in float between integer layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quantize, self.stem, self.d0 = quantize(IN), conv(3, 8, 3, IN, A), dequantize(A)
+        self.up, self.q1 = nn.ConvTranspose2d(8, 8, 2, 2), quantize(C)
+        self.head, self.d1 = conv(8, 4, 3, C, (0.2, 3), "none"), dequantize((0.2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d1(self.head(self.q1(torch.floor(self.up(self.d0(self.stem(self.quantize(x)))) * 20) / 20)))
+
+
+def test_a_floor_of_the_model_stays_and_a_transposed_convolution_is_float(tmp_path: Path) -> None:
+    frozen = program(Floored, 3, 8, 8)
+    artifact = check(frozen, tmp_path / "m.tflite", noise(4, 3, 8, 8))
+    file = parse(artifact.path.read_bytes(), "m")
+    assert [op.kind for op in file.ops].count("FLOOR") == 1
+    (up,) = (op for op in file.ops if op.kind == "TRANSPOSE_CONV")
+    assert {t.dtype for t in file.activations(up)} == {"FLOAT32"}
+
+
+def test_a_float_operator_that_the_converter_makes_integer_is_a_parity_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tflite_convert._Tracer, "barrier", lambda self, value, name: value)
+    with pytest.raises(ParityError, match="INT8 in GELU in the file, FLOAT32 in the frozen program"):
+        tflite.lower(program(Encoder, 6, 16), tmp_path / "m.tflite")
+    assert not (tmp_path / "m.tflite").exists()
 
 
 FAULTS = {

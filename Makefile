@@ -35,6 +35,8 @@ tools:
 	command -v arm-none-eabi-gcc >/dev/null || packages="$$packages gcc-arm-none-eabi libnewlib-arm-none-eabi"; \
 	command -v qemu-system-arm >/dev/null || packages="$$packages qemu-system-arm"; \
 	command -v gcc >/dev/null || packages="$$packages gcc libc6-dev"; \
+	[ -x /usr/sbin/sshd ] || packages="$$packages openssh-server"; \
+	command -v ssh >/dev/null || packages="$$packages openssh-client"; \
 	[ -n "$$packages" ] || exit 0; \
 	as_root=""; [ "$$(id -u)" = 0 ] || as_root="sudo -n"; \
 	echo "installing $$packages"; \

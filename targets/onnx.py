@@ -15,6 +15,7 @@ import contextlib
 import importlib.util
 import io
 import logging
+import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,8 @@ __all__ = [
 
 SUFFIX = ".onnx"
 EXTRA = "onnx"
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else onnxruntime notes its use in the home folder, from its import on
 
 _PLACEHOLDER = "edgekit"
 _OPSET = {8: 21, 4: 21, 2: 25}  # the first with INT4, and with INT2

@@ -37,7 +37,7 @@ from edgekit.errors import InputError
 
 __all__ = ["DEVICES", "connect"]
 
-DEVICES: dict[str, str] = {"local": "edgekit.devices.local", "qemu": "edgekit.devices.board"}
+DEVICES: dict[str, str] = {"local": "edgekit.devices.local", "qemu": "edgekit.devices.board", "ssh": "edgekit.devices.ssh"}
 """Scheme to module; importing one starts nothing and imports no runtime."""
 
 

@@ -156,6 +156,7 @@ def load_runtime(target: str, wanted: str | None = None) -> tuple[str, Any]:
     if not known or (wanted and wanted not in known):
         raise Refused("request", f"target {target!r} with runtime {wanted or 'any'}: known are {RUNTIMES}")
     problems = []
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime would note its use in the home folder
     for name in [wanted] if wanted else known:
         if version(name) is None:
             continue

@@ -145,6 +145,17 @@ def test_damaged_files_wrong_shapes_and_pickles_are_refused(onnx_file: Path, tmp
     assert code == 2 and "allow_pickle=False" in result["error"]["message"]
 
 
+def test_a_runtime_that_cannot_be_loaded_is_not_called_missing(
+    onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken" / "onnxruntime").mkdir(parents=True)
+    (tmp_path / "broken" / "onnxruntime" / "__init__.py").write_text("raise ImportError('wrong ELF class: ELFCLASS32')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    code, result = ask(tmp_path, "run", [entry(tmp_path, onnx_file, "onnx", [X])])
+    assert (code, result["error"]["kind"]) == (2, "missing")
+    assert "is installed but cannot be loaded (wrong ELF class: ELFCLASS32)" in result["error"]["message"]
+
+
 def test_it_ends_with_its_input_and_at_its_time_limit(onnx_file: Path, tmp_path: Path) -> None:
     request = {"protocol": 1, "action": "profile", "files": [entry(tmp_path, onnx_file, "onnx", [X])], "times": "times.npz"}
     request["settings"] = {"seconds": 60}

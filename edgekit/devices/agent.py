@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["HELLO", "Refused", "deployments", "main"]
+__all__ = ["HELLO", "Refused", "deployments", "main", "say"]
 
 HELLO = "EDGEKIT-AGENT 1"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -184,6 +184,8 @@ def _fold_batch_norm(module: fx.GraphModule, node: fx.Node) -> None:
     weighted = producer.target in (ATEN.conv2d.default, ATEN.linear.default) and len(producer.users) == len(x.users) == 1
     if weighted and len(producer.args[1].users) == 1:  # type: ignore[union-attr]
         _scale_producer(module, producer, factor, shift)
+        if isinstance(gamma, fx.Node) and isinstance(beta, fx.Node):
+            producer.meta["batch_norm"] = tuple(_tensor(module, str(n.target)).float().clone() for n in (beta, gamma, var))
         result.replace_all_uses_with(x)
     elif x.meta["val"].dim() == 4:
         path = str(mean.target).removesuffix("running_mean").strip(".")

@@ -29,6 +29,7 @@ def equalize(graph: Graph) -> tuple[Graph, tuple[str, ...]]:
     result = replace(graph, module=module)
     pairs = find_pairs(module)
     for node in {n for pair in pairs for n in pair}:
+        node.meta.pop("batch_norm", None)  # its outputs no longer have that mean and spread
         for argument in node.args[1:3]:
             if isinstance(argument, fx.Node):
                 _own(module, argument)

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from edgekit.compress.capture import Graph
+from edgekit.compress.ptq.augment import augmented
+from edgekit.compress.ptq.distribution import corrected, has_statistics
 from edgekit.compress.ptq.observers import ActQ
 from edgekit.compress.ptq.plan import Batches, Plan, WeightQ, fit
 from edgekit.compress.ptq.region_files import read_region, write_region
@@ -28,7 +30,7 @@ from edgekit.compress.ptq.sample_store import Store
 from edgekit.compress.ptq.settings import PTQ
 from edgekit.compress.ptq.sharing import few_bits, fixed_activations, groups
 from edgekit.compress.ptq.simulate import simulate
-from edgekit.compress.ptq.student import Student, learn
+from edgekit.compress.ptq.student import Student, Tail, learn
 from edgekit.errors import DataError, InputError
 
 __all__ = ["Engine", "Outcome", "reconstruct"]
@@ -113,25 +115,71 @@ class Engine:
         }
         self.samples = self.held_out = 0
 
-    # values of all samples: "f:<node>" in the float model, "q:<node>" in the quantized one; inputs are the same in both
+    # Values of all samples: "f:<node>" in the float model, "q:<node>" in the quantized one; inputs are the same in both.
+    # "d:<node>" are float values after distribution correction, "p:<node>" the float model's outputs from the beginning on.
+    # Samples that are learned from come first, then their augmented forms, then those that are held out.
 
     def load(self, data: Batches) -> None:
         """Keep the model's inputs."""
         names = [n.name for n in self.graph.module.graph.nodes if n.op == "placeholder"]
-        done = 0
+        done, room = 0, self.settings.samples * (1 if self.how.augment == "none" else 2)
         for batch in fit(self.graph, data()):
             for name, x in zip(names, batch, strict=True):
                 if done == 0:
-                    self.store.new(f"f:{name}", (self.settings.samples, *x.shape[1:]), x.dtype)
+                    self.store.new(f"f:{name}", (room, *x.shape[1:]), x.dtype)
                 self.store[f"f:{name}"].write(done, x)
             done += len(batch[0])
-        for name in names:
-            self.store[f"f:{name}"].trim(done)
-        self.samples, self.held_out = done, max(1, round(done * self.how.held_out))
         if done < 2:
             raise DataError(
                 f"{self.settings.method}: {done} calibration samples; at least 2 are needed, 256 or more are sensible"
             )
+        self.held_out = max(1, round(done * self.how.held_out))
+        self.samples = done + (self._augment(names, done) if self.how.augment != "none" else 0)
+        for name in names:
+            self.store[f"f:{name}"].trim(self.samples)
+        if self.how.prediction or self.how.search_scales:
+            self._predict(names)
+
+    @property
+    def learned(self) -> int:
+        """How many samples are learned from."""
+        return self.samples - self.held_out
+
+    def _augment(self, names: Sequence[str], count: int) -> int:
+        if len(names) != 1:
+            raise DataError(f"augment: the model has {len(names)} inputs; use none")
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        values, learned = self.store[f"f:{names[0]}"], count - self.held_out
+        held = values.rows(slice(learned, count))
+        values.write(learned, augmented(values.rows(slice(0, learned)), self.how.augment, generator))
+        values.write(2 * learned, held)
+        return learned
+
+    def _predict(self, names: Sequence[str]) -> None:
+        """Keep what the float model says."""
+        module = self.graph.module.to(self.settings.device)
+        with torch.no_grad():
+            for part in self.parts(0, self.samples):
+                for name, value in zip(self.outputs, run_region(module, self.rows("f", names, part)), strict=True):
+                    if part.start == 0:
+                        self.store.new(f"p:{name}", (self.samples, *value.shape[1:]), value.dtype)
+                    self.store[f"p:{name}"].write(part.start, value)
+        module.cpu()
+
+    def correct(self, part: Graph, region: Region) -> None:
+        """Keep the region's float inputs after distribution correction, and what it makes of them as its targets."""
+        (name,) = region.inputs
+        parts = [slice(a, min(a + self.how.batch_size, self.learned)) for a in range(0, self.learned, self.how.batch_size)]
+        for some in parts:
+            (x,) = self.rows("f", [name], some)
+            with torch.enable_grad():
+                x = corrected(part.module, x, self.how.correction_steps, self.how.correction_anchor)
+            with torch.no_grad():
+                values = dict(zip((name, *region.outputs), (x, *run_region(part.module, [x])), strict=True))
+            for key, value in values.items():
+                if some.start == 0:
+                    self.store.new(f"d:{key}", (self.learned, *value.shape[1:]), value.dtype)
+                self.store[f"d:{key}"].write(some.start, value)
 
     def rows(self, kind: str, names: Sequence[str], index: Tensor | slice) -> tuple[Tensor, ...]:
         """Samples of values in the float ("f") or quantized ("q") model."""
@@ -170,6 +218,7 @@ class Engine:
         self.plan = replace(
             self.plan, weights={**self.plan.weights, **weights}, activations={**self.plan.activations, **activations}
         )
+        self.settled |= {self.shared[n] for n in activations}
         if region.layers:
             self.outcomes.append(Outcome(region.layers, *figures))
         self.run("q", simulate(part, part_plan(part, region, self.plan)).to(self.settings.device), region)
@@ -183,7 +232,7 @@ class Engine:
         later = {n for r in self.regions[i + 1 :] for n in r.inputs} | set(self.outputs)
         first = {n.name for n in self.graph.module.graph.nodes if n.op == "placeholder"}
         for key in self.store.names:
-            if key[2:] not in later | first:
+            if key[0] == "d" or (key[0] in "fq" and key[2:] not in later | first):
                 self.store.drop(key)
 
     def _improved(
@@ -195,19 +244,25 @@ class Engine:
         before = replace(self.plan, activations={**self.plan.activations, **student.activations()})
         if not region.layers:
             return {}, student.activations(), (0.0, 0.0, 0.0)
+        if self.how.correction_steps and len(region.inputs) == 1 and has_statistics(part.module):
+            self.correct(part, region)
         generator = torch.Generator().manual_seed(self.settings.seed * 10007 + i)
+        tail = Tail(self, i) if self.how.prediction or self.how.search_scales else None
+        if tail and self.how.search_scales:
+            student.search(tail)
+            before = replace(self.plan, activations={**self.plan.activations, **student.activations()})
         with torch.enable_grad():
-            learn(self, student, region, generator, sum(1 for r in self.regions[:i] if r.layers))
+            learn(self, student, region, generator, sum(1 for r in self.regions[:i] if r.layers), tail)
         after = replace(
             before,
             weights={**before.weights, **student.weights(before)},
             activations={**before.activations, **student.activations()},
         )
-        held = (self.samples - self.held_out, self.samples)
+        held = (self.learned, self.samples)
         figures = (
             self.error(part, region, before, *held),
             self.error(part, region, after, *held),
-            self.error(part, region, after, 0, min(self.samples - self.held_out, self.held_out)),
+            self.error(part, region, after, 0, min(self.learned, self.held_out)),
         )
         best = after if figures[1] < figures[0] else before
         names = student.activations()
@@ -231,7 +286,7 @@ class Engine:
         given = simulate(self.graph, plan)
         errors = [0.0, 0.0]
         with torch.no_grad():
-            for some in self.parts(self.samples - self.held_out, self.samples):
+            for some in self.parts(self.learned, self.samples):
                 old = run_region(given, [x.cpu() for x in self.rows("f", names, some)])
                 wanted = [x.cpu() for x in self.rows("f", self.outputs, some)]
                 new = [x.cpu() for x in self.rows("q", self.outputs, some)]

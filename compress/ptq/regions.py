@@ -182,9 +182,11 @@ def _region(atoms: Sequence[_Atom]) -> Region:
     return Region(tuple(a.unit for a in atoms if a.unit), tuple(nodes), tuple(inputs), tuple(outputs))
 
 
-def tail_of(regions: Sequence[Region], done: int, graph: Graph) -> Region:
+def tail_of(regions: Sequence[Region], done: int) -> Region:
     """Everything after the first ``done`` regions as one, with the model's outputs that it makes."""
     nodes = tuple(n for r in regions[done:] for n in r.nodes)
+    if not nodes:
+        return Region((), (), (), ())
     whole = _region([_Atom((n,)) for n in nodes])
     return replace(whole, units=tuple(u for r in regions[done:] for u in r.units))
 

@@ -87,6 +87,14 @@ class Reconstruct:
         rounding: weight of the term that drives gates to 0 or 1, beside an error in units of the output's variance.
         held_out: share of the calibration samples that is not learned from; where the error on them does not fall, the layer or
             block keeps what it had before.
+        prediction: weight of the prediction difference (PD-Quant, Liu et al. 2023): how far the model's output, computed by the
+            float layers after the block, is from the float model's; 0: none. Costs all those layers in every step.
+        temperature: of the softmax that predictions are compared with; outputs that are no class scores are compared by square.
+        search_scales: choose each activation scale of a block by the prediction difference before learning, among nine.
+        correction_steps: steps that move a block's float inputs towards the statistics of its batch norms (PD-Quant's
+            distribution correction), for each batch; 0: none.
+        correction_anchor: how little they may move: smaller holds them closer.
+        augment: add as many changed samples to those that are learned from: ``flip`` (mirrored), ``mixup``, ``cutmix``.
         memory_mb: memory for cached inputs and outputs of blocks; what is more is mapped from temporary files.
     """
 
@@ -97,6 +105,12 @@ class Reconstruct:
     learn_scales: bool = True
     rounding: Annotated[float, Field(ge=0)] = 0.01
     held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.125
+    prediction: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+    search_scales: bool = False
+    correction_steps: Annotated[int, Field(ge=0)] = 0
+    correction_anchor: Annotated[float, Field(gt=0)] = 0.02
+    augment: Literal["none", "flip", "mixup", "cutmix"] = "none"
     memory_mb: Annotated[int, Field(ge=1)] = 1024
 
 

@@ -97,11 +97,20 @@ def export(
 
 
 @app.command()
-def verify(run: Run, target: Names = None, seed: Seed = None, json: Json = False, verbose: Verbose = False) -> None:
+def verify(
+    run: Run,
+    target: Names = None,
+    device: Annotated[
+        list[str] | None, typer.Option("--device", "-d", help="Run the files there instead (repeat for more), as for profile.")
+    ] = None,
+    seed: Seed = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
     """Prove that every file of a run computes what its frozen program computes."""
     from edgekit import pipeline
 
-    _finish(json, pipeline.verify, run, target, seed=seed)
+    _finish(json, pipeline.verify, run, target, device, seed=seed)
 
 
 @app.command()

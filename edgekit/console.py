@@ -88,6 +88,9 @@ def print_outcome(outcome: Outcome) -> None:
             [s.name, s.metric, s.agreement_float, s.max_lsb, s.mean_lsb, s.bytes] for s in outcome.parity.stages
         ]  # fmt: skip
         print_table(f"{outcome.parity.program}: {outcome.parity.samples} samples", ["stage", *columns], rows)
+        for file in outcome.parity.artifacts:
+            if file.exact:
+                _print(sys.stdout, "", f"{file.name}: every layer and output equals its bit-exact reference")
         for breach in outcome.parity.breaches:
             error(breach)
     for found in outcome.profiles:
@@ -101,7 +104,8 @@ def print_outcome(outcome: Outcome) -> None:
     took = ", ".join(f"{s.name} {'cached' if s.state == 'cached' else f'{s.seconds:.1f} s'}" for s in outcome.stages)
     _print(sys.stdout, "[dim]", took)
     if outcome.parity is not None and outcome.ok:
-        _print(sys.stdout, "[bold green]", "every file computes what the frozen program computes")
+        checked = "every file that was checked" if outcome.parity.unchecked else "every file"
+        _print(sys.stdout, "[bold green]", f"{checked} computes what the frozen program computes")
 
 
 def print_profile(found: Profile) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit import devices
-from edgekit.errors import EdgekitError, InputError
+from edgekit.errors import InputError
 from edgekit.files import content_sha256
 from edgekit.frozen import FrozenProgram, load
 from edgekit.profile import Profile, Settings, save
@@ -28,19 +28,19 @@ Progress = Callable[[str, int, int], None]
 
 
 @contextlib.contextmanager
-def connected(specs: Sequence[str]) -> Iterator[list[Any]]:
-    """Devices by their names, each once, closed at the end.
+def connected(specs: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Name as given to its device, closed at the end; names of the same device give the same one.
 
     Raises:
         InputError, MissingTool: as :func:`edgekit.devices.connect`.
     """
     with contextlib.ExitStack() as stack:
         found: dict[str, Any] = {}
-        for spec in specs:
+        for spec in dict.fromkeys(specs):
             device = devices.connect(spec)
             stack.callback(device.close)
-            found.setdefault(device.name, device)
-        yield list(found.values())
+            found[spec] = next((known for known in found.values() if known.name == device.name), device)
+        yield found
 
 
 def pairs(
@@ -58,15 +58,13 @@ def pairs(
         InputError: a device that runs none of the targets.
     """
     chosen = []
-    for device in found:
+    for device in {device.name: device for device in found}.values():
         names = [t for t in device.targets if t in there] or [device.targets[0]] if targets is None else list(targets)
         runs = [name for name in names if get(name) and name in device.targets]
         if not runs:
             raise InputError(f"device {device.name} runs {', '.join(device.targets)}, not {', '.join(names)}")
         if exported and not set(runs) <= set(there):
-            raise InputError(
-                f"profile: device {device.name} runs {', '.join(device.targets)}; add one of them to the recipe's targets"
-            )
+            raise InputError(f"device {device.name} runs {', '.join(device.targets)}; add one of them to the recipe's targets")
         chosen += [(device, name) for name in runs]
     return chosen
 
@@ -102,10 +100,8 @@ def profile_run(
         what = f"{target} on {device.name}"
         if progress:
             progress(what, 0, 0)
-        try:
+        with devices.naming(device):
             made = device.profile(path, target, program, settings, inputs, _named(progress, what))
-        except EdgekitError as error:
-            raise type(error)(str(error) if device.name in str(error) else f"{device.name}: {error}") from error
         digest = content_sha256(path, get(target).SUFFIX)
         found.append(replace(made, file=path.relative_to(folder).as_posix(), sha256=digest, notes=(*made.notes, *notes)))
         if progress:

@@ -68,6 +68,7 @@ class LayerParity:
         sqnr_db: that difference as noise on the expected output; None where nothing differs.
         elements: how many were compared.
         within: ``max_lsb`` is within the tolerance.
+        exact: equal to the bit-exact reference of the device; None where there is none.
     """
 
     layer: str
@@ -79,6 +80,7 @@ class LayerParity:
     sqnr_db: float | None
     elements: int
     within: bool
+    exact: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class ArtifactParity:
     """Everything verify found out about one file.
 
     Attributes:
-        target: "executorch", "tflite" or "onnx".
+        target: name of the target, such as "tflite".
+        device: where it ran; "" is this machine.
         file, sha256: the file's name in its folder and its hash.
         stage: its row of the stage table.
         layers: every tapped layer, in execution order.
@@ -94,6 +97,7 @@ class ArtifactParity:
         mismatches: facts in the file that differ from the frozen program, in words.
         first_diverging: the first layer in execution order that left tolerance or whose stored facts differ.
         tap_lsb: largest difference between the file's own outputs and those that follow from the taps, in LSBs.
+        exact: every layer and output equals the bit-exact reference of the device; None where there is none.
         breaches: one sentence each; empty means the file computes the frozen program.
         notes: what a reader has to know and is no breach.
         artifact: facts read from the file (:class:`edgekit.artifact.Artifact` as JSON).
@@ -108,9 +112,16 @@ class ArtifactParity:
     mismatches: tuple[str, ...] = ()
     first_diverging: str | None = None
     tap_lsb: float | None = None
+    exact: bool | None = None
     breaches: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     artifact: Mapping[str, Any] = field(default_factory=dict)
+    device: str = ""
+
+    @property
+    def name(self) -> str:
+        """Target, and the device where it is not this machine."""
+        return f"{self.target} on {self.device}" if self.device else self.target
 
     @property
     def ok(self) -> bool:
@@ -129,6 +140,7 @@ class Parity:
         settings: the tolerances, as in the recipe.
         stages: the stage table in order: float, compressed, frozen, each artefact.
         artifacts: one entry for each file.
+        unchecked: targets whose file is in the run and was not checked.
         run_breaches: breaches that belong to no single file.
         notes: what a reader has to know and is no breach.
     """
@@ -140,6 +152,7 @@ class Parity:
     settings: Mapping[str, Any]
     stages: tuple[Stage, ...]
     artifacts: tuple[ArtifactParity, ...]
+    unchecked: tuple[str, ...] = ()
     run_breaches: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -191,8 +204,8 @@ class Parity:
         fields = {k: v for k, v in value.items() if k not in ("format", "ok", "breaches")}
         fields["stages"] = tuple(Stage(**s) for s in fields["stages"])
         fields["artifacts"] = tuple(_artifact(a) for a in fields["artifacts"])
-        for key in ("run_breaches", "notes"):
-            fields[key] = tuple(fields[key])
+        for key in ("unchecked", "run_breaches", "notes"):
+            fields[key] = tuple(fields.get(key, ()))
         return cls(**fields)
 
 

@@ -100,12 +100,28 @@ def export(
 
 
 def verify(
-    folder: Path, targets: Sequence[str] | None = None, *, seed: int | None = None, progress: Progress | None = None
+    folder: Path,
+    targets: Sequence[str] | None = None,
+    devices: Sequence[str] | None = None,
+    *,
+    seed: int | None = None,
+    progress: Progress | None = None,
 ) -> Outcome:
-    """Check every file of a run folder against its frozen program, and write ``parity.json``; a breach is no error, see ``ok``.
+    """Check files of a run folder against its frozen program, and write ``parity.json``; a breach is no error, see ``ok``.
 
-    A file that was altered since it was written is checked all the same, so that the layer is named.
+    A file that was altered since it was written is checked all the same, so that the layer is named. What ``parity.json`` says of
+    files that are not checked stays, as long as they are the same.
+
+    Args:
+        targets: files to check; None: all.
+        devices: check on these only (:mod:`edgekit.devices`); None: on this machine, and on those of the recipe's ``verify``.
+
+    Raises:
+        FormatError, InputError, MissingTool: nothing was checked; the folder is as it was before.
     """
+    from edgekit import measure
+    from edgekit.targets import present
+
     settings = _opened(folder)
     warnings = [f"{name} was altered after it was written" for name in runfolder.altered(folder)]
     data: Data | None = None
@@ -113,11 +129,14 @@ def verify(
         data = source.load_data(settings.data, settings.seed if seed is None else seed)
     except InputError as error:
         warnings.append(f"the recipe's data cannot be loaded ({error}); verified on the samples stored in the run")
-    with runfolder.staged(folder, keep=True) as work:
-        stages = Stages(work, False, progress)
-        (work / "report.html").unlink(missing_ok=True)
-        with stages.timed("verify"):
-            parity = _verify(stages, settings, data, targets)
+    names = devices if devices is not None else settings.verify.devices if targets is None else ()
+    with measure.connected(names) as found:
+        on = measure.pairs(list(found.values()), targets, present(folder))
+        with runfolder.staged(folder, keep=True) as work:
+            stages = Stages(work, False, progress)
+            (work / "report.html").unlink(missing_ok=True)
+            with stages.timed("verify"):
+                parity = _verify(stages, settings, data, targets if devices is None else (), on)
     return replace(_outcome(stages, folder), parity=parity, warnings=(*warnings, *stages.warnings))
 
 
@@ -149,7 +168,7 @@ def profile(
     if not names:
         raise InputError(f"{folder}: its recipe profiles on no device; name one with --device")
     with measure.connected(names) as found:
-        chosen = measure.pairs(found, targets, present(folder))
+        chosen = measure.pairs(list(found.values()), targets, present(folder))
         known: dict[str, Target] = {t.name: t for t in recipe_.targets}
         wanted = dict.fromkeys(name for _, name in chosen)
         missing = [known.get(n, recipe.target(n, {})) for n in wanted if n not in present(folder)]
@@ -185,20 +204,28 @@ def _make(
     from edgekit import measure
 
     settings = recipe.replace(recipe.load(Path(recipe_path)), seed=seed, device=device)
-    with measure.connected(settings.profile if whole else ()) as devices:
+    with measure.connected((*settings.profile, *settings.verify.devices) if whole else ()) as devices:
         if whole:
             _require(settings.targets)
-        measured = measure.pairs(devices, None, [t.name for t in settings.targets], exported=True)
+        there = [t.name for t in settings.targets]
+        on, measured = (
+            measure.pairs([devices[d] for d in names if d in devices], None, there, exported=True)
+            for names in (settings.verify.devices, settings.profile)
+        )
         with runfolder.staged(out) as work:
             stages = Stages(work, resume, progress)
-            parity, profiles = _all(stages, settings, Path(out), measured, whole=whole)
+            parity, profiles = _all(stages, settings, Path(out), whole, on, measured)
     return replace(_outcome(stages, out), parity=parity, profiles=profiles)
 
 
 def _all(
-    stages: Stages, settings: Recipe, out: Path, measured: Sequence[tuple[Any, str]], *, whole: bool
+    stages: Stages, settings: Recipe, out: Path, whole: bool, on: Sequence[tuple[Any, str]], measured: Sequence[tuple[Any, str]]
 ) -> tuple[Parity | None, tuple[Profile, ...]]:
-    """The stages of a recipe in the folder of ``stages``, which takes the place of ``out``; up to freeze if not ``whole``."""
+    """The stages of a recipe in the folder of ``stages``, which takes the place of ``out``; up to freeze if not ``whole``.
+
+    Args:
+        on, measured: what is verified, and what is measured, on devices: (device, target).
+    """
     with stages.timed("load"):
         loaded = _load(settings)
     _compress(stages, settings, loaded)
@@ -208,7 +235,7 @@ def _all(
         return None, ()
     for target in settings.targets:
         _lower(stages, target)
-    parity = _verified(stages, settings, loaded)
+    parity = _verified(stages, settings, loaded, on)
     profiles = _profiled(stages, measured) if measured else ()
     _report(stages)
     return parity, profiles
@@ -355,25 +382,31 @@ def _lower(stages: Stages, target: Target) -> None:
     stages.cached(f"lower {target.name}", inputs, make)
 
 
-def _verified(stages: Stages, settings: Recipe, loaded: _Loaded) -> Parity:
-    """The verify stage of a whole run, through the cache."""
+def _verified(stages: Stages, settings: Recipe, loaded: _Loaded, on: Sequence[tuple[Any, str]]) -> Parity:
+    """The verify stage of a whole run, through the cache; what a device computes is not kept there."""
     from edgekit.parity import Parity
 
     found = ((p.relative_to(stages.folder).as_posix(), p) for p in sorted(stages.folder.rglob("*")) if p.is_file())
     files = {name: sha256(p) for name, p in found if name.startswith(("frozen.", "model.", "stage_"))}
 
     def make() -> list[str]:
-        _verify(stages, settings, loaded.data, None)
+        _verify(stages, settings, loaded.data, None, on)
         return ["parity.json"]
 
+    if on:
+        with stages.timed("verify"):
+            make()
+        return Parity.load(stages.folder / "parity.json")
     stages.cached("verify", {"files": files, "settings": asdict(settings.verify), "data": loaded.keys["data"]}, make)
     return Parity.load(stages.folder / "parity.json")
 
 
-def _verify(stages: Stages, settings: Recipe, data: Data | None, targets: Sequence[str] | None) -> Parity:
+def _verify(
+    stages: Stages, settings: Recipe, data: Data | None, targets: Sequence[str] | None, on: Sequence[tuple[Any, str]]
+) -> Parity:
     from edgekit.verify import verify_run
 
-    return verify_run(stages.folder, data, settings.verify, stages.progress, targets)
+    return verify_run(stages.folder, data, settings.verify, stages.progress, targets, on)
 
 
 def _report(stages: Stages) -> None:

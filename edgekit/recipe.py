@@ -53,12 +53,14 @@ class Verify:
             null: any.
         samples: evaluation samples used, evenly spread; all if left out.
         layer_samples: how many of them the layer-by-layer check uses.
+        devices: files are run and checked on these too; firmware is on its own board without being named here.
     """
 
     max_lsb: Annotated[int, Field(ge=0)] = 1
     max_accuracy_drop: Annotated[float, Field(ge=0)] | None = 0.5
     samples: Annotated[int, Field(ge=1)] | None = None
     layer_samples: Annotated[int, Field(ge=1)] = 4
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, config=_FORBID)
@@ -139,8 +141,10 @@ def parse(text: str, name: str = "recipe.yaml", folder: Path = Path(), *, files:
     if "targets" in value:
         value["targets"] = _targets(value["targets"], reader)
     if "profile" in value:
-        value["profile"] = _devices(value["profile"], reader)
+        value["profile"] = _devices(value["profile"], ("profile",), reader)
     if isinstance(value.get("verify"), dict):
+        if "devices" in value["verify"]:
+            value["verify"] = {**value["verify"], "devices": _devices(value["verify"]["devices"], ("verify", "devices"), reader)}
         value["verify"] = reader.check(Verify, value["verify"], ("verify",))
     for key in ("model", "data"):
         if isinstance(value.get(key), str):
@@ -214,15 +218,15 @@ def _targets(value: Any, reader: Reader) -> tuple[Target, ...]:
     return tuple(targets)
 
 
-def _devices(value: Any, reader: Reader) -> tuple[str, ...]:
+def _devices(value: Any, where: marked_yaml.Path, reader: Reader) -> tuple[str, ...]:
     """Names of devices; whether what they need is there is seen when they are connected."""
     from edgekit.devices import DEVICES
 
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list):
-        reader.fail(("profile",), f"found {shown(value)}; expected a list of devices ({', '.join(DEVICES)})")
+        reader.fail(where, f"found {shown(value)}; expected a list of devices ({', '.join(DEVICES)})")
     for i, item in enumerate(items):
-        path: marked_yaml.Path = ("profile", i) if isinstance(value, list) else ("profile",)
+        path: marked_yaml.Path = (*where, i) if isinstance(value, list) else where
         if not isinstance(item, str) or item.partition(":")[0] not in DEVICES:
             reader.fail(path, f"found {shown(item)}{closest(str(item).partition(':')[0], list(DEVICES))}")
         if item in items[:i]:

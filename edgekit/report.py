@@ -188,7 +188,7 @@ def _coverage(artifact: ArtifactParity) -> dict[str, Any]:
     total = sum(r["macs"] for r in rows)
     shares = {run: sum(r["macs"] for r in rows if r["runs"] == run) / total if total else 0.0 for run in _RUNS}
     counts = {run: sum(r["runs"] == run for r in rows) for run in _RUNS}
-    return {"target": artifact.target, "rows": rows, "shares": shares, "counts": counts}
+    return {"target": artifact.name, "rows": rows, "shares": shares, "counts": counts}
 
 
 def _layers(program: FrozenProgram, parity: Parity) -> list[dict[str, Any]]:
@@ -204,7 +204,7 @@ def _layers(program: FrozenProgram, parity: Parity) -> list[dict[str, Any]]:
             found, kept = checked.get(layer.name), files_.get(layer.name, {})
             cells.append(
                 {
-                    "target": a.target,
+                    "target": a.name,
                     "lsb": _lsb(found.max_lsb) if found else "" if layer.op == "dequantize" else "·",
                     "share": 0.0 if found is None else found.share,
                     "bar": 0.0 if found is None else found.share / largest,

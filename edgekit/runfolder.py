@@ -96,7 +96,10 @@ def staged(folder: Path, *, keep: bool = False) -> Iterator[Path]:
             carried = _fill(folder, staging, old, keep)
             yield staging
             written = sorted(p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file())
-            files = {name: sha256(staging / name) for name in written if name not in carried and name != MANIFEST}
+            made = {name: sha256(staging / name) for name in written if name not in carried and name != MANIFEST}
+            files = {
+                name: old[name] if keep and _untouched(folder, name, digest, old) else digest for name, digest in made.items()
+            }
             write_json(staging / MANIFEST, {"format": FORMAT, "files": files})
             _replace(staging, folder)
     except EdgekitError as error:  # users know the run folder, not the one it is built in
@@ -107,6 +110,11 @@ def staged(folder: Path, *, keep: bool = False) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def _untouched(folder: Path, name: str, digest: str, old: dict[str, str]) -> bool:
+    """The file is as it was found, though that is not what was once made: it stays known as altered."""
+    return old.get(name, digest) != digest and (folder / name).is_file() and sha256(folder / name) == digest
 
 
 def _previous(folder: Path) -> dict[str, str]:

@@ -7,38 +7,43 @@ Three checks for each file, from the file itself:
    (:meth:`FrozenProgram.forced`). A fault then shows in its layer only; a free-running comparison smears it over all later ones,
    and accuracy may not move at all. Kernel families round differently by one step, so ``max_lsb`` is 1 by default. Taps come
    from the file itself, or from a copy with more outputs; that the file's own outputs follow from them ties the copy to the file.
+   Where a device has a bit-exact reference (firmware has), every layer and output must equal it too.
 3. *End to end*: the stage table float -> compressed -> frozen -> file on the same samples.
 
-Run folder: reads ``frozen.pt2``, ``model.{pte,tflite,onnx}`` and, where there, ``stage_float.npz`` and ``stage_compressed.npz``
+A file is run on this machine, or on a device (:mod:`edgekit.devices`); a file may be checked on several.
+
+Run folder: reads ``frozen.pt2``, ``model.*`` and, where there, ``stage_float.npz`` and ``stage_compressed.npz``
 (written by the pipeline through :mod:`edgekit.stages`); writes ``parity.json``. A breach is a sentence in
 :attr:`edgekit.parity.Parity.breaches`; callers print it and exit with 1, or call :meth:`edgekit.parity.Parity.require`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
+from edgekit import layer_parity
 from edgekit.data import Data
-from edgekit.errors import InputError, MissingTool
-from edgekit.files import sha256
+from edgekit.devices import connect
+from edgekit.devices.target import OnDevice
+from edgekit.errors import FormatError, InputError, MissingTool
+from edgekit.files import content_sha256
 from edgekit.frozen import FrozenProgram, load
-from edgekit.metrics import HUGE, difference, metric_name, score, sqnr_db
-from edgekit.parity import ArtifactParity, LayerParity, Parity, Stage
+from edgekit.layer_parity import compare_layers
+from edgekit.metrics import metric_name, score
+from edgekit.parity import ArtifactParity, Parity, Stage
 from edgekit.recipe import Verify
-from edgekit.stage_table import Arrays, output_lsb, stage_row, whole_steps
+from edgekit.stage_table import Arrays, stage_row
 from edgekit.stages import Evaluation, StageOutputs, judged_on, load_stage, spread
-from edgekit.targets import get, present
+from edgekit.targets import TARGETS, get, present
 
-__all__ = ["compare_layers", "verify_artifact", "verify_run"]
+__all__ = ["verify_artifact", "verify_run"]
 
 Progress = Callable[[str, int, int], None]
 """Called with (what runs, samples done, samples in all)."""
@@ -50,12 +55,16 @@ def verify_run(
     settings: Verify | None = None,
     progress: Progress | None = None,
     targets: Sequence[str] | None = None,
+    on: Sequence[tuple[Any, str]] = (),
 ) -> Parity:
-    """Check every file of a run folder and write its ``parity.json``.
+    """Check the files of a run folder and write its ``parity.json``.
+
+    What an earlier check found of a file that is not checked now stays, if the file, the tolerances and the samples are the same.
 
     Args:
         data: the recipe's data; without it the few samples stored with the float stage are used, and without these random inputs.
-        targets: which targets to check; None: every one whose file is there.
+        targets: which targets to check here; None: every one whose file is there.
+        on: what to check on devices: (device, target).
 
     Raises:
         FormatError: no frozen program in the folder, or a damaged file.
@@ -72,21 +81,21 @@ def verify_run(
     references["frozen"] = tuple(y.float().numpy() for y in reference)
     stages = [stage_row(n, y, references, evaluation, program) for n, y in references.items()]
     stages = [_with_size(s, stored.get(s.name), program) for s in stages]
-    artifacts = tuple(
-        verify_artifact(program, name, folder / f"model{get(name).SUFFIX}", evaluation, references, settings, progress)
-        for name in _present(folder, targets)
-    )
-    if not artifacts:
-        raise InputError(f"{folder}: no model file to verify; make one with `edgekit export`")
+    found = [
+        verify_artifact(program, job, folder / f"model{get(name).SUFFIX}", evaluation, references, settings, progress)
+        for name, job in _jobs(folder, targets, on)
+    ]
+    artifacts = _with_earlier(folder, found, settings, stages)
     labelled = evaluation.labels is not None and stages[-1].metric is not None
     parity = Parity(
         program=program.name,
         metric=metric_name(evaluation.metric) if labelled else None,
         samples=len(evaluation),
         layer_samples=min(settings.layer_samples, len(evaluation)),
-        settings=asdict(settings),
+        settings=_tolerances(settings),
         stages=(*stages, *(a.stage for a in artifacts)),
         artifacts=artifacts,
+        unchecked=tuple(name for name in present(folder) if name not in {a.target for a in artifacts}),
         notes=tuple(notes),
     )
     parity.save(folder / "parity.json")
@@ -95,7 +104,7 @@ def verify_run(
 
 def verify_artifact(
     program: FrozenProgram,
-    target: str | ModuleType,
+    target: Any,
     path: Path,
     evaluation: Evaluation,
     references: Mapping[str, Arrays] | None = None,
@@ -105,14 +114,19 @@ def verify_artifact(
     """Check one file against its frozen program.
 
     Args:
-        target: a name of :data:`edgekit.targets.TARGETS`, or a module (or object) of the same members.
+        target: a name of :data:`edgekit.targets.TARGETS`, or an object of the same members, such as
+            :class:`edgekit.devices.target.OnDevice`.
         references: outputs of the stages "float", "compressed", "frozen" on ``evaluation``; "frozen" is computed if missing.
 
     Raises:
         FormatError: the file cannot be read at all.
         MissingTool: the target's runtime is not installed.
     """
-    name, module = _target(target)
+    if isinstance(target, str):
+        with _at_home(target, path) as module:
+            return verify_artifact(program, module, path, evaluation, references, settings, progress)
+    module = target
+    name = str(getattr(module, "NAME", getattr(module, "__name__", "target").rpartition(".")[2]))
     settings, path = settings or Verify(), Path(path)
     known = dict(references or {})
     if "frozen" not in known:
@@ -123,110 +137,30 @@ def verify_artifact(
     outputs = module.run(path, inputs, threads=1, progress=_named(progress, name))
     stage = stage_row(name, outputs, known, evaluation, program, size=artifact.bytes)
     chosen = spread(len(evaluation), settings.layer_samples)
-    layers, tap_lsb, systematic = compare_layers(
-        program, module, path, evaluation.take(chosen), [y[chosen] for y in outputs], settings, progress
-    )
-    tapped = {layer.layer for layer in layers}
-    bad = {m.layer for m in mismatches} | {layer.layer for layer in layers if not layer.within}
+    found = compare_layers(program, module, path, evaluation.take(chosen), [y[chosen] for y in outputs], settings, progress)
+    tapped = {layer.layer for layer in found.layers}
+    bad = {m.layer for m in mismatches} | {layer.layer for layer in found.layers if not layer.within}
+    bad |= set(layer_parity.first_inexact(found))
     first = next((x.name for x in program.layers if x.name in bad), None) or next(iter(sorted(bad)), None)
     breaches = [f"{name}: {m}" for m in mismatches]
-    breaches += _layer_breaches(name, layers, first, settings)
-    breaches += _output_breaches(name, stage, systematic, known, evaluation, settings)
+    breaches += layer_parity.breaches(name, found, first, settings) + layer_parity.exact_breaches(name, found)
+    breaches += _output_breaches(name, stage, found.systematic, known, evaluation, settings)
     return ArtifactParity(
-        target=name,
+        target=getattr(module, "target", name),
+        device=module.device.name if isinstance(module, OnDevice) else "",
         file=path.name,
-        sha256=sha256(path),
+        sha256=content_sha256(path, module.SUFFIX),
         stage=stage,
-        layers=layers,
+        layers=found.layers,
         untapped=tuple(x.name for x in program.layers if x.name not in tapped and x.op != "dequantize"),
         mismatches=tuple(map(str, mismatches)),
         first_diverging=first,
-        tap_lsb=tap_lsb,
+        tap_lsb=found.tap_lsb,
+        exact=not found.inexact if found.exact else None,
         breaches=tuple(breaches),
         notes=tuple(artifact.notes),
         artifact=json.loads(json.dumps(artifact.to_json())),  # as it reads back: lists, not tuples
     )
-
-
-def compare_layers(
-    program: FrozenProgram,
-    module: Any,
-    path: Path,
-    samples: Evaluation,
-    outputs: Arrays,
-    settings: Verify,
-    progress: Progress | None = None,
-) -> tuple[tuple[LayerParity, ...], float | None, float]:
-    """Every layer fed the target's own inputs, and the file's outputs against those that follow from the taps.
-
-    A runtime may fuse less once an inner tensor is an output, and then round differently here and there; so outputs are judged by
-    what does not average out over the samples.
-
-    Args:
-        outputs: what the file itself answered for ``samples``.
-
-    Returns:
-        The layers in execution order; the largest output difference in LSBs (output units where there is no LSB), None without
-        taps; the largest difference of one output element after averaging over the samples, same unit.
-    """
-    found: dict[str, list[NDArray[Any]]] = {}
-    expected: dict[str, list[NDArray[Any]]] = {}
-    gaps: list[NDArray[Any]] = []
-    steps = output_lsb(program)
-    for i in range(len(samples)):
-        one = tuple(x[i : i + 1] for x in samples.inputs)
-        taps = module.taps(path, program, [x.numpy() for x in one])
-        tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in taps.items()}
-        forced, following = program.forced_outputs(tensors, *one)
-        for key, tap in taps.items():
-            found.setdefault(key, []).append(np.asarray(tap).reshape(-1))
-            expected.setdefault(key, []).append(forced[key].numpy().reshape(-1))
-        gaps.append(_signed([y[i] for y in outputs], following, steps))
-        if progress:
-            progress(f"{getattr(module, 'SUFFIX', '')[1:] or 'file'} layers", i + 1, len(samples))
-    layers = tuple(
-        _layer(layer, np.concatenate(found[layer.name]), np.concatenate(expected[layer.name]), settings)
-        for layer in program.layers
-        if layer.name in found
-    )
-    stacked = np.stack(gaps)
-    largest, systematic = float(np.abs(stacked).max(initial=0.0)), float(np.abs(stacked.mean(axis=0)).max(initial=0.0))
-    return layers, whole_steps(largest) if found else None, systematic if found else 0.0
-
-
-def _signed(outputs: Arrays, expected: Sequence[Any], steps: Sequence[float | None]) -> NDArray[np.float64]:
-    """Differences of one sample's outputs in LSBs; what is no number is HUGE."""
-    parts = [
-        (np.asarray(y, dtype=np.float64).reshape(-1) - wanted.double().numpy().reshape(-1)) / (step or 1.0)
-        for y, wanted, step in zip(outputs, expected, steps, strict=True)
-    ]
-    gaps: NDArray[np.float64] = np.nan_to_num(np.concatenate(parts), nan=HUGE, posinf=HUGE, neginf=-HUGE)
-    return gaps
-
-
-def _layer(layer: Any, found: NDArray[Any], expected: NDArray[Any], settings: Verify) -> LayerParity:
-    gap = difference(found, expected)
-    zero_point = layer.out_zero_point or 0
-    return LayerParity(
-        layer=layer.name,
-        op=layer.op,
-        weight_bits=layer.weight_bits,
-        macs=layer.macs,
-        max_lsb=gap.largest,
-        share=gap.share,
-        sqnr_db=sqnr_db(expected.astype(np.float64) - zero_point, found.astype(np.float64) - zero_point),
-        elements=gap.elements,
-        within=gap.largest <= settings.max_lsb,
-    )
-
-
-def _layer_breaches(target: str, layers: Sequence[LayerParity], first: str | None, settings: Verify) -> list[str]:
-    return [
-        f"{target}: layer {x.layer} ({x.op}) differs from the frozen program by {x.max_lsb:g} LSB (share {x.share:.3g}) when fed "
-        f"the same inputs, {settings.max_lsb:g} allowed{'; it is the first layer to diverge' if x.layer == first else ''}"
-        for x in layers
-        if not x.within
-    ]
 
 
 def _output_breaches(
@@ -260,23 +194,72 @@ def _with_size(stage: Stage, stored: StageOutputs | None, program: FrozenProgram
     return replace(stage, bytes=sum(layer.weight_bytes for layer in program.layers))
 
 
-def _present(folder: Path, targets: Sequence[str] | None) -> list[str]:
-    names = list(targets) if targets is not None else present(folder)
-    for name in names:
-        if not (folder / f"model{get(name).SUFFIX}").exists():
+def _jobs(folder: Path, targets: Sequence[str] | None, on: Sequence[tuple[Any, str]]) -> list[tuple[str, str | OnDevice]]:
+    """(target, what :func:`verify_artifact` takes for it), each place once.
+
+    Raises:
+        InputError: a file that is not there, or nothing to check.
+    """
+    here = list(targets) if targets is not None else present(folder)
+    jobs: list[tuple[str, str | OnDevice]] = [(name, name) for name in here]
+    jobs += [(name, OnDevice(name, device)) for device, name in on]
+    home: set[tuple[str, str]] = set()
+    for name, _ in jobs:
+        path = folder / f"model{get(name).SUFFIX}"
+        if not path.exists():
             raise InputError(f"{folder}: no model{get(name).SUFFIX}; make it with `edgekit export --target {name}`")
-    return names
+        if name in here and hasattr(get(name), "home"):
+            home.add((name, get(name).home(path)))
+    if not jobs:
+        raise InputError(f"{folder}: no model file to verify; make one with `edgekit export`")
+    return [(name, job) for name, job in jobs if isinstance(job, str) or (name, job.device.name) not in home]
 
 
-def _target(target: str | Any) -> tuple[str, Any]:
-    if not isinstance(target, str):
-        return str(getattr(target, "NAME", getattr(target, "__name__", "target"))).rsplit(".", 1)[-1], target
+@contextlib.contextmanager
+def _at_home(target: str, path: Path) -> Iterator[Any]:
+    """A target's module, or what stands for it where its file cannot run on this machine.
+
+    Raises:
+        MissingTool: its runtime or emulator is not installed.
+    """
     module = get(target)
-    missing = module.available()
-    if missing:
+    if missing := module.available():
         remedy = f"; run: pip install 'edgekit[{module.EXTRA}]'" if module.EXTRA else ""
         raise MissingTool(f"target {target} cannot be verified here: {missing}{remedy}")
-    return target, module
+    if not hasattr(module, "home"):
+        yield module
+        return
+    with contextlib.closing(connect(module.home(path))) as device:
+        yield OnDevice(target, device)
+
+
+def _with_earlier(
+    folder: Path, found: Sequence[ArtifactParity], settings: Verify, stages: Sequence[Stage]
+) -> tuple[ArtifactParity, ...]:
+    """``found`` and what an earlier ``parity.json`` says of other files, where it still holds."""
+    try:
+        before = Parity.load(folder / "parity.json")
+    except FormatError:
+        return tuple(found)
+    same = before.settings == _tolerances(settings) and before.stages[: len(stages)] == tuple(stages)
+    known = {(a.target, a.device) for a in found}
+    kept = [a for a in before.artifacts if same and (a.target, a.device) not in known and _still(folder, a)]
+    order = {name: i for i, name in enumerate(TARGETS)}
+    return tuple(sorted([*kept, *found], key=lambda a: (order.get(a.target, len(order)), a.device)))
+
+
+def _tolerances(settings: Verify) -> dict[str, Any]:
+    """What files are judged by; on which devices is no part of it."""
+    return {key: value for key, value in asdict(settings).items() if key != "devices"}
+
+
+def _still(folder: Path, artifact: ArtifactParity) -> bool:
+    """The file is the one that was checked."""
+    if artifact.target not in TARGETS:
+        return False
+    suffix = get(artifact.target).SUFFIX
+    path = folder / f"model{suffix}"
+    return path.is_file() and content_sha256(path, suffix) == artifact.sha256
 
 
 def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:

@@ -2,8 +2,9 @@
 
 Every module of :data:`TARGETS` has the same members: ``SUFFIX``, ``EXTRA``, ``Options``, ``available()``, ``lower(program, path,
 options)``, ``inspect(path, program)``, ``readback(path, program)``, ``run(path, inputs, threads, progress)`` and
-``taps(path, program, sample)``. There is no base class; a new target is one module and one line here. Targets that differ in a
-number only (the Cortex-M cores) are objects with these members in one module, written ``module:object``.
+``taps(path, program, sample)``. One whose files cannot run on this machine also has ``home(path)``, the name of the device
+(:mod:`edgekit.devices`) that ``verify`` runs it on. There is no base class; a new target is one module and one line here. Targets
+that differ in a number only (the Cortex-M cores) are objects with these members in one module, written ``module:object``.
 """
 
 from __future__ import annotations

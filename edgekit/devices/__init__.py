@@ -25,17 +25,19 @@ any object with these members (there is no base class):
 
 A new device is one module with ``connect`` and one row in :data:`DEVICES`; ``edgekit profile``, ``edgekit verify --device`` and
 the recipe's ``profile:`` take it from there. Errors are those of :mod:`edgekit.errors`: an unknown name is an InputError that
-lists what there is, a missing tool a MissingTool; callers add the device's name where a message lacks it.
+lists what there is, a missing tool a MissingTool; :func:`naming` adds the device's name where a message lacks it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
-from edgekit.errors import InputError
+from edgekit.errors import EdgekitError, InputError
 
-__all__ = ["DEVICES", "connect"]
+__all__ = ["DEVICES", "connect", "naming"]
 
 DEVICES: dict[str, str] = {"local": "edgekit.devices.local", "qemu": "edgekit.devices.board", "ssh": "edgekit.devices.ssh"}
 """Scheme to module; importing one starts nothing and imports no runtime."""
@@ -52,3 +54,15 @@ def connect(spec: str) -> Any:
     if scheme not in DEVICES:
         raise InputError(f"device {spec!r} is unknown; choose one of: {', '.join(DEVICES)}")
     return importlib.import_module(DEVICES[scheme]).connect(spec)
+
+
+@contextlib.contextmanager
+def naming(device: Any) -> Iterator[None]:
+    """Errors inside say which device they came from."""
+    try:
+        yield
+    except EdgekitError as error:
+        own = device.name.partition(":")[2] or device.name
+        if own in str(error):
+            raise
+        raise type(error)(f"{device.name}: {error}") from error

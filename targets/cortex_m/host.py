@@ -65,24 +65,24 @@ def _kept() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="edgekit-firmware-")
 
 
-_elfs: dict[tuple[str, Facts, tuple[str, ...]], Firmware] = {}
+_elfs: dict[tuple[str, Facts, tuple[str, ...]], Path] = {}
 """What was built, by the contents of the project: the same files elsewhere are not compiled again."""
 
 
 def _build(source: Path, digest: str, facts: Facts, defines: tuple[str, ...]) -> Firmware:
     key = (digest, facts, defines)
+    project = Project(
+        board=board(facts.build.board),
+        sources=(source / "model.c", source / "main.c"),
+        include=(source,),
+        defines=(*facts.build.defines, *defines),
+        stack_bytes=facts.build.stack_bytes,
+        optimize=f"-{facts.build.optimize}",
+        runtime=source / "runtime",
+    )
     if key not in _elfs:
-        project = Project(
-            board=board(facts.build.board),
-            sources=(source / "model.c", source / "main.c"),
-            include=(source,),
-            defines=(*facts.build.defines, *defines),
-            stack_bytes=facts.build.stack_bytes,
-            optimize=f"-{facts.build.optimize}",
-            runtime=source / "runtime",
-        )
-        _elfs[key] = build(project, Path(tempfile.mkdtemp(prefix=f"{digest[:8]}-", dir=_kept().name)))
-    return _elfs[key]
+        _elfs[key] = build(project, Path(tempfile.mkdtemp(prefix=f"{digest[:8]}-", dir=_kept().name))).elf
+    return Firmware(project, _elfs[key])  # the sources of this folder: those it was built from may be gone
 
 
 def boot(folder: Path, data: bytes, samples: int, *defines: str, on: str = "") -> tuple[Facts, Result]:

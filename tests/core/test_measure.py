@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_recipe
 from core.test_cli import call
 
 from edgekit import devices, measure, pipeline, profile, profile_table, runfolder
 from edgekit.errors import EdgekitError, FormatError, InputError, RecipeError
+from edgekit.files import sha256
 from edgekit.profile import LayerCost, Profile, Settings
 from edgekit.recipe import parse
+from edgekit.targets import get
 
 pytest.importorskip("onnxruntime")
 
@@ -28,6 +32,7 @@ class Abacus:
     def __init__(self, name: str) -> None:
         self.name, self.closed, self.seen = name, False, []
         self.fail: EdgekitError | None = None
+        self.error, self.shift = 0.0, 0
 
     def profile(self, path: Path, target: str, program: Any, settings: Settings, inputs: Any, progress: Any = None) -> Profile:
         self.seen.append((path.name, target, settings, [x.shape for x in inputs]))
@@ -35,6 +40,13 @@ class Abacus:
             raise self.fail
         layers = tuple(LayerCost(x.name, x.op, x.macs, microseconds=2.0, share=0.5, note="[bold]") for x in program.layers[:2])
         return Profile(self.name, target, "", "", "microseconds", 4.0, 10, layers, {"p90_microseconds": 4.5}, method="by hand")
+
+    def run(self, path: Path, target: str, inputs: Any, progress: Any = None) -> list[np.ndarray]:
+        return [y + self.error for y in get(target).run(path, inputs, progress=progress)]
+
+    def taps(self, path: Path, target: str, program: Any, sample: Any) -> dict[str, np.ndarray]:
+        found = get(target).taps(path, program, sample)
+        return {k: np.roll(v, self.shift, -1) if k == "head" else v for k, v in found.items()}
 
     def close(self) -> None:
         self.closed = True
@@ -61,10 +73,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of a finished run; manifest and all."""
-    import shutil
-
-    return Path(shutil.copytree(finished, tmp_path / "run"))
+    """A copy of a finished run beside it, where its data are found."""
+    return Path(shutil.copytree(finished, finished.parent / tmp_path.name))
 
 
 def test_a_profile_is_written_kept_and_shown(run: Path, abacus: list[Abacus]) -> None:
@@ -88,6 +98,47 @@ def test_a_device_of_many_names_is_measured_once(run: Path, abacus: list[Abacus]
     with measure.connected(["abacus:1", "abacus:1"]) as found:
         assert len(found) == 1
     assert all(a.closed for a in abacus)
+
+
+def test_a_device_verifies_what_it_runs_and_earlier_results_stay(run: Path, abacus: list[Abacus]) -> None:
+    code, text = call("verify", run, "--device", "abacus:1", "--json")
+    found = json.loads(text)["parity"]
+    assert code == 0 and [(a["target"], a["device"], a["exact"]) for a in found["artifacts"]] == [
+        ("onnx", "", None), ("onnx", "abacus:1", None),
+    ]  # fmt: skip
+    assert found["stages"][-1]["name"] == "onnx on abacus:1" and found["stages"][-1]["max_lsb"] == 0
+    code, text = call("verify", run, "--json")
+    assert code == 0 and len(json.loads(text)["parity"]["artifacts"]) == 2
+    write_recipe(run, lambda text: text.replace("max_lsb: 1", "max_lsb: 2"))
+    code, text = call("verify", run, "--device", "abacus:1", "--json")
+    found = json.loads(text)["parity"]
+    assert [a["device"] for a in found["artifacts"]] == ["abacus:1"]  # the other was judged otherwise
+    assert found["unchecked"] == []
+    code, text = call("verify", run, "--device", "abacus:1", "--device", "abacus:2")
+    assert code == 0 and "onnx on abacus:2" in text and all(a.closed for a in abacus)
+
+
+def write_recipe(run: Path, change: Any) -> None:
+    """Another recipe in a run, known to its manifest."""
+    path = run / "recipe.yaml"
+    path.write_text(change(path.read_text()))
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["files"]["recipe.yaml"] = sha256(path)
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("fault", ["error", "shift"])
+def test_a_device_that_computes_otherwise_is_a_breach(
+    fault: str, run: Path, abacus: list[Abacus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Abacus, "close", lambda self: setattr(self, fault, 0))
+    made = devices.connect("abacus:1")
+    setattr(made, fault, 1)
+    monkeypatch.setattr(devices, "connect", lambda spec: made)
+    outcome = pipeline.verify(run, devices=["abacus:1"])
+    assert not outcome.ok and outcome.parity is not None
+    (breach, *_) = outcome.parity.breaches
+    assert breach.startswith("onnx on abacus:1: " + {"error": "the file's outputs", "shift": "layer head"}[fault])
 
 
 def test_a_file_that_is_not_there_is_exported_first(run: Path, abacus: list[Abacus], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from fake_target import FakeTarget, altered
 from nets import images, residual_net
 from torch import nn
 
-from edgekit import verify
+from edgekit import targets, verify
 from edgekit.artifact import Mismatch
 from edgekit.data import Data
 from edgekit.errors import DataError, FormatError, InputError, MissingTool, ParityError
@@ -140,8 +140,9 @@ def test_output_step_is_the_last_scale(program: FrozenProgram) -> None:
 
 
 def _run_folder(tmp_path: Path, program: FrozenProgram, monkeypatch: pytest.MonkeyPatch, device: FrozenProgram) -> Path:
-    monkeypatch.setattr(verify, "TARGETS", {"fake": "fake"})
-    monkeypatch.setattr(verify, "get", lambda name: FakeTarget(device))
+    for module in (verify, targets):
+        monkeypatch.setattr(module, "TARGETS", {"fake": "fake"})
+        monkeypatch.setattr(module, "get", lambda name: FakeTarget(device))
     save(program, tmp_path / "frozen.pt2")
     (tmp_path / "model.fake").write_bytes(b"file")
     return tmp_path

@@ -1,0 +1,172 @@
+"""Each layer of a file that runs, compared: fed its own inputs with the frozen program, and bit by bit with a reference.
+
+The first comparison (:meth:`FrozenProgram.forced`) is of every file. The second is of those that have an exact model of their
+kernels, which says what every layer must be to the last bit, free-running from the network's input: firmware has one in numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgekit.frozen import FrozenProgram
+from edgekit.metrics import HUGE, difference, sqnr_db
+from edgekit.parity import LayerParity
+from edgekit.recipe import Verify
+from edgekit.stage_table import Arrays, output_lsb, whole_steps
+from edgekit.stages import Evaluation
+
+__all__ = ["Comparison", "breaches", "compare_layers", "exact_breaches", "first_inexact"]
+
+OUTPUTS = "the outputs"
+"""Name of the program's outputs in :attr:`Comparison.inexact`."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was found of a file's layers.
+
+    Attributes:
+        layers: every tapped one, in execution order.
+        tap_lsb: largest difference between the file's outputs and those that follow from its layers, in LSBs (output units where
+            there is no LSB); None without taps.
+        systematic: the largest such difference of one output element after averaging over the samples.
+        exact: whether there was a reference that had to be met to the last bit.
+        inexact: layer (or :data:`OUTPUTS`) to (values that differ from that reference, values compared).
+    """
+
+    layers: tuple[LayerParity, ...]
+    tap_lsb: float | None
+    systematic: float
+    exact: bool = False
+    inexact: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+def compare_layers(
+    program: FrozenProgram,
+    module: Any,
+    path: Path,
+    samples: Evaluation,
+    outputs: Arrays,
+    settings: Verify,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Comparison:
+    """Every layer fed the target's own inputs, and the file's outputs against those that follow from the taps.
+
+    A runtime may fuse less once an inner tensor is an output, and then round differently here and there; so outputs are judged by
+    what does not average out over the samples.
+
+    Args:
+        module: members of a target module; with a ``reference`` (see :mod:`edgekit.devices`) all is compared with that too.
+        outputs: what the file itself answered for ``samples``.
+    """
+    found: dict[str, list[NDArray[Any]]] = {}
+    expected: dict[str, list[NDArray[Any]]] = {}
+    gaps: list[NDArray[Any]] = []
+    counted: dict[str, tuple[int, int]] | None = None
+    steps = output_lsb(program)
+    for i in range(len(samples)):
+        one = tuple(x[i : i + 1] for x in samples.inputs)
+        arrays = [x.numpy() for x in one]
+        taps = module.taps(path, program, arrays)
+        tensors = {k: torch.from_numpy(np.array(v)) for k, v in taps.items()}
+        forced, following = program.forced_outputs(tensors, *one)
+        for key, tap in taps.items():
+            found.setdefault(key, []).append(np.asarray(tap).reshape(-1))
+            expected.setdefault(key, []).append(forced[key].numpy().reshape(-1))
+        gaps.append(_signed([y[i] for y in outputs], following, steps))
+        if (reference := getattr(module, "reference", None)) and (exact := reference(path, program, arrays)) is not None:
+            counted = _differing(counted or {}, exact, taps, [y[i : i + 1] for y in outputs])
+        if progress:
+            progress(f"{getattr(module, 'SUFFIX', '')[1:] or 'file'} layers", i + 1, len(samples))
+    layers = tuple(
+        _layer(layer, np.concatenate(found[layer.name]), np.concatenate(expected[layer.name]), settings)
+        for layer in program.layers
+        if layer.name in found
+    )
+    if counted is not None:
+        layers = tuple(replace(x, exact=counted.get(x.layer, (0, 0))[0] == 0) for x in layers)
+    stacked = np.stack(gaps)
+    largest, systematic = float(np.abs(stacked).max(initial=0.0)), float(np.abs(stacked.mean(axis=0)).max(initial=0.0))
+    return Comparison(
+        layers,
+        whole_steps(largest) if found else None,
+        systematic if found else 0.0,
+        counted is not None,
+        {k: v for k, v in (counted or {}).items() if v[0]},
+    )
+
+
+def breaches(name: str, found: Comparison, first: str | None, settings: Verify) -> list[str]:
+    """A sentence for each layer that left tolerance."""
+    return [
+        f"{name}: layer {x.layer} ({x.op}) differs from the frozen program by {x.max_lsb:g} LSB (share {x.share:.3g}) when fed "
+        f"the same inputs, {settings.max_lsb:g} allowed{'; it is the first layer to diverge' if x.layer == first else ''}"
+        for x in found.layers
+        if not x.within
+    ]
+
+
+def exact_breaches(name: str, found: Comparison) -> list[str]:
+    """One sentence, naming the first layer that is not its reference's; later ones follow from it."""
+    if not found.inexact:
+        return []
+    first = first_inexact(found)
+    where = f"layer {first[0]}" if first else OUTPUTS
+    wrong, of = found.inexact[first[0] if first else OUTPUTS]
+    more = f"; so do {len(found.inexact) - 1} after it" if len(found.inexact) > 1 else ""
+    return [f"{name}: {where} differs from its bit-exact reference in {wrong} of {of} values, none is allowed{more}"]
+
+
+def first_inexact(found: Comparison) -> list[str]:
+    """The first layer that is not its reference's, or nothing."""
+    return [x.layer for x in found.layers if x.layer in found.inexact][:1]
+
+
+def _differing(
+    before: Mapping[str, tuple[int, int]],
+    reference: tuple[Mapping[str, NDArray[Any]], Sequence[NDArray[Any]]],
+    taps: Mapping[str, NDArray[Any]],
+    outputs: Arrays,
+) -> dict[str, tuple[int, int]]:
+    """``before`` with one more sample: (values that differ, values compared) of each layer and of the outputs."""
+    layers, wanted = reference
+    pairs = [(name, np.asarray(taps[name]), np.asarray(layers[name])) for name in taps if name in layers]
+    pairs += [(OUTPUTS, np.asarray(y), np.asarray(w)) for y, w in zip(outputs, wanted, strict=True)]
+    counted = dict(before)
+    for name, ours, theirs in pairs:
+        wrong, of = counted.get(name, (0, 0))
+        counted[name] = wrong + int((ours.reshape(-1) != theirs.reshape(-1)).sum()), of + theirs.size
+    return counted
+
+
+def _signed(outputs: Arrays, expected: Sequence[Any], steps: Sequence[float | None]) -> NDArray[np.float64]:
+    """Differences of one sample's outputs in LSBs; what is no number is HUGE."""
+    parts = [
+        (np.asarray(y, dtype=np.float64).reshape(-1) - wanted.double().numpy().reshape(-1)) / (step or 1.0)
+        for y, wanted, step in zip(outputs, expected, steps, strict=True)
+    ]
+    gaps: NDArray[np.float64] = np.nan_to_num(np.concatenate(parts), nan=HUGE, posinf=HUGE, neginf=-HUGE)
+    return gaps
+
+
+def _layer(layer: Any, found: NDArray[Any], expected: NDArray[Any], settings: Verify) -> LayerParity:
+    gap = difference(found, expected)
+    zero_point = layer.out_zero_point or 0
+    return LayerParity(
+        layer=layer.name,
+        op=layer.op,
+        weight_bits=layer.weight_bits,
+        macs=layer.macs,
+        max_lsb=gap.largest,
+        share=gap.share,
+        sqnr_db=sqnr_db(expected.astype(np.float64) - zero_point, found.astype(np.float64) - zero_point),
+        elements=gap.elements,
+        within=gap.largest <= settings.max_lsb,
+    )

@@ -139,6 +139,21 @@ def profile(
 
 
 @app.command()
+def compare(
+    run: Run,
+    other: Annotated[Path, typer.Argument(help="Another run folder.", metavar="OTHER", show_default=False)],
+    force: Annotated[bool, typer.Option("--force", help="Also where they were measured on machines that differ.")] = False,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare what two runs were measured at; times of machines that differ only with --force."""
+    from edgekit.compare import compare_runs
+
+    rows = compare_runs(run, other, force=force)
+    console.print_json([row.to_json() for row in rows]) if json else console.print_comparison(rows)
+
+
+@app.command()
 def report(run: Run, json: Json = False, verbose: Verbose = False) -> None:
     """Write one page (report.html) about a verified run."""
     from edgekit import pipeline

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edgekit.compare import Comparison
     from edgekit.frozen.describe import Description
     from edgekit.pipeline import Outcome, Progress
     from edgekit.profile import Profile
 
 __all__ = [
     "error",
+    "print_comparison",
     "print_description",
     "print_json",
     "print_outcome",
@@ -123,6 +125,17 @@ def print_profile(found: Profile) -> None:
         print_table("fits on", tables.FITS, [tables.fit_row(fit) for fit in found.fits])
     for note in filter(None, (found.method, *found.notes)):
         _print(sys.stdout, "[dim]", note)
+
+
+def print_comparison(rows: Sequence[Comparison]) -> None:
+    """Costs of both runs and their ratio; what makes it doubtful as warnings."""
+    columns = ["target", "device", "unit", "first", "second", "first / second", "of p90"]
+    print_table("", columns, [[r.target, r.device, r.unit, r.first, r.second, r.ratio, r.p90_ratio] for r in rows])
+    for row in rows:
+        if row.differences:
+            warning(f"{row.target} on {row.device}: the machines differ ({'; '.join(row.differences)})")
+        for note in row.notes:
+            warning(f"{row.target} on {row.device}: {note}")
 
 
 def shortfalls(folder: Path) -> list[str]:

@@ -18,6 +18,7 @@ from edgekit.frozen import FrozenProgram, load
 from edgekit.profile import Profile, Settings, save
 from edgekit.stages import judged_on, load_stage
 from edgekit.targets import get
+from edgekit.trace import write_trace
 
 __all__ = ["SAMPLES", "connected", "pairs", "profile_run", "samples"]
 
@@ -107,6 +108,7 @@ def profile_run(
         if progress:
             progress(what, 1, 1)
     save(folder / "profile.json", *found)
+    write_trace(folder)
     return tuple(found)
 
 

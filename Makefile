@@ -34,6 +34,8 @@ tools:
 	command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || packages="chromium"; \
 	command -v arm-none-eabi-gcc >/dev/null || packages="$$packages gcc-arm-none-eabi libnewlib-arm-none-eabi"; \
 	command -v qemu-system-arm >/dev/null || packages="$$packages qemu-system-arm"; \
+	command -v qemu-aarch64-static >/dev/null || packages="$$packages qemu-user-static"; \
+	command -v qemu-aarch64 >/dev/null || packages="$$packages qemu-user"; \
 	command -v gcc >/dev/null || packages="$$packages gcc libc6-dev"; \
 	[ -x /usr/sbin/sshd ] || packages="$$packages openssh-server"; \
 	command -v ssh >/dev/null || packages="$$packages openssh-client"; \

@@ -206,6 +206,36 @@ def doctor(
         checks.show(found)
 
 
+@app.command(name="setup-sim")
+def setup_sim(
+    system: Annotated[str, typer.Argument(help="arm64: the Linux of the device qemu-aarch64.", metavar="SYSTEM")] = "arm64",
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--runtime", help="tflite-runtime, ai-edge-litert, onnxruntime or executorch (repeat for more); all if left out."
+        ),
+    ] = None,
+    apt_sources: Annotated[
+        Path | None, typer.Option("--apt-sources", help="A sources.list of Debian 12, if apt here is set to something else.")
+    ] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make, check or repair the emulated arm64 Linux in the cache folder."""
+    from edgekit.devices import arm64_root
+    from edgekit.errors import InputError
+
+    if system != "arm64":
+        raise InputError(f"system {system!r} is unknown; there is: arm64")
+    with console.progress_bars(quiet=json) as progress:
+        found = arm64_root.setup(runtime, apt_sources, progress=progress)
+    if json:
+        console.print_json(found)
+        return
+    console.print_table("arm64 Linux", ["part", "what was done"], list(found["parts"].items()))
+    print(f"{found['folder']}  {console.size(found['bytes'])}, runs: {', '.join(found['runtimes'])}")
+
+
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="Where recipe.yaml goes.")] = Path(),

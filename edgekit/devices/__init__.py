@@ -12,8 +12,6 @@ any object with these members (there is no base class):
     outputs for a batch, as the ``run`` of a target module gives them: one float32 array (N, ...) for each output.
 ``taps(path, target, program, sample)``
     each layer's int8 output, as the ``taps`` of a target module gives them; empty where the device cannot give any.
-``taps_each(path, target, program, samples, progress=None)``
-    may be left out: ``taps`` of every sample of (N, ...), for a device that is slow to start.
 ``profile(path, target, program, settings, inputs, progress=None)``
     an :class:`edgekit.profile.Profile`. ``inputs`` are a few samples (N, ...), one array for each input of the program: real ones
     where the run has them, since a cost may depend on the data. ``file`` and ``sha256`` are filled in by the caller.
@@ -39,7 +37,12 @@ from edgekit.errors import EdgekitError, InputError
 
 __all__ = ["DEVICES", "connect", "naming"]
 
-DEVICES: dict[str, str] = {"local": "edgekit.devices.local", "qemu": "edgekit.devices.board", "ssh": "edgekit.devices.ssh"}
+DEVICES: dict[str, str] = {
+    "local": "edgekit.devices.local",
+    "qemu": "edgekit.devices.board",
+    "qemu-aarch64": "edgekit.devices.emulated_linux",
+    "ssh": "edgekit.devices.ssh",
+}
 """Scheme to module; importing one starts nothing and imports no runtime."""
 
 

@@ -7,7 +7,9 @@ neither. :func:`capture` then removes what computes nothing at inference, folds 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,7 @@ class Graph:
         names: fx node name to layer name (that of the source module where it has one).
         sources: layer name to "file.py:line" in the user's model.
         dynamic_batch: False where the model only exports for the sample's batch size.
+        unused: layers that have weights and never run, so that they are not in ``module``.
     """
 
     module: fx.GraphModule
@@ -39,6 +42,7 @@ class Graph:
     names: Mapping[str, str]
     sources: Mapping[str, str]
     dynamic_batch: bool
+    unused: tuple[str, ...] = ()
 
 
 def tensor_of(module: nn.Module, node: fx.Node) -> Tensor:
@@ -75,14 +79,17 @@ def export_float(model: nn.Module, sample: Sequence[Tensor]) -> tuple[ExportedPr
     pairs = tuple(torch.cat([x[:1]] * 2) for x in sample)  # torch.export fixes a batch of one
     try:
         free = tuple({0: Dim.AUTO} for _ in pairs)
-        exported = torch.export.export(model, pairs, strict=False, dynamic_shapes={"args": free} if _variadic(model) else free)
+        shapes = {"args": free} if _variadic(model) else free
+        with redirect_stderr(io.StringIO()):  # torch prints the graph of a model that it cannot export
+            exported = torch.export.export(model, pairs, strict=False, dynamic_shapes=shapes)
         batch = next(n for n in exported.graph.nodes if n.op == "placeholder" and n.name in exported.graph_signature.user_inputs)
         if not isinstance(batch.meta["val"].shape[0], int):
             return exported, True
     except Exception:  # the static export below gives the message
         pass
     try:
-        return torch.export.export(model, tuple(x[:1] for x in sample), strict=False), False
+        with redirect_stderr(io.StringIO()):
+            return torch.export.export(model, tuple(x[:1] for x in sample), strict=False), False
     except Exception as error:
         raise ModelError(explain_export_error(error)) from error
 
@@ -106,6 +113,7 @@ def capture_exported(exported: ExportedProgram, dynamic_batch: bool, *, sample: 
     assert isinstance(module, fx.GraphModule)
     flat = _flatten_interface(module)
     canonicalize(flat)
+    _refuse_training_behaviour(flat)
     names = layer_names(flat)
     lines = {n.name: source_line(n.meta.get("stack_trace") or "") for n in flat.graph.nodes}
     sources = {name: lines[node] for node, name in names.items() if lines[node]}
@@ -114,7 +122,44 @@ def capture_exported(exported: ExportedProgram, dynamic_batch: bool, *, sample: 
         result = flat(*one)
     if not all(isinstance(t, Tensor) for t in (result if isinstance(result, tuple | list) else (result,))):
         raise ModelError(f"the model returns {type(result).__name__}; return one tensor or a tuple of tensors")
-    return Graph(flat.eval(), tuple(sample), names, sources, dynamic_batch)
+    return Graph(flat.eval(), tuple(sample), names, sources, dynamic_batch, _unused_layers(exported))
+
+
+_RANDOM = frozenset({
+    "native_dropout", "bernoulli", "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "normal",
+    "normal_functional", "uniform", "exponential", "poisson", "multinomial", "rrelu_with_noise",
+})  # fmt: skip
+"""Not torch's tag of seeded operators: attention and LSTM bear it without being random in evaluation mode."""
+
+
+def _refuse_training_behaviour(module: fx.GraphModule) -> None:
+    """ModelError for what makes an output depend on chance or on the other samples of its batch."""
+    for node in module.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        line = source_line(node.meta.get("stack_trace") or "")
+        where = f"{line}: " if line else ""
+        if _operator(node) in _RANDOM:
+            raise ModelError(
+                f"{where}{_operator(node)} is random also in evaluation mode, so no file can equal the model; "
+                "for dropout write training=self.training, else make the values beforehand"
+            )
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        if "batch_norm" in str(node.target) and stack and "BatchNorm" in str(stack[-1][1]):
+            raise ModelError(
+                f"{where}layer {stack[-1][0]} normalizes by the statistics of the batch also in evaluation mode; "
+                "train it with track_running_stats=True"
+            )
+
+
+def _unused_layers(exported: ExportedProgram) -> tuple[str, ...]:
+    """Modules with parameters none of which the graph reads, in the model's order."""
+    users = {n.name: len(n.users) for n in exported.graph.nodes if n.op == "placeholder"}
+    used: dict[str, bool] = {}
+    for key, target in exported.graph_signature.inputs_to_parameters.items():
+        owner = target.rpartition(".")[0]
+        used[owner] = used.get(owner, False) or users.get(key, 0) > 0
+    return tuple(name for name, read in used.items() if not read and name)
 
 
 def layer_names(module: fx.GraphModule) -> dict[str, str]:

@@ -93,7 +93,7 @@ def apply(
     record = {
         "passes": list(state.passes),
         "unquantized": [[u.layer, u.op, u.reason] for u in plan.unquantized],
-        "warnings": [*state.warnings, *plan.warnings],
+        "warnings": [*_never_run(graph), *state.warnings, *plan.warnings],
     }
     return Compressed(program, simulate(state.graph, plan), record)
 
@@ -151,3 +151,11 @@ def _float_plan(graph: Graph) -> Plan:
     reason = "the recipe has no ptq or qat step"
     unquantized = tuple(replace(u, reason=reason) if "`skip`" in u.reason else u for u in found)
     return Plan((), {}, {}, unquantized, ("nothing is quantized: the recipe has no ptq or qat step, every file is float32",))
+
+
+def _never_run(graph: Graph) -> list[str]:
+    """A warning about layers that the model's forward does not reach."""
+    if not graph.unused:
+        return []
+    shown = ", ".join(graph.unused[:4]) + (", ..." if len(graph.unused) > 4 else "")
+    return [f"layers that have weights and never run are not in the program: {shown}"]

@@ -29,7 +29,9 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log, show third parties' messages, and tracebacks of errors.")]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything random, instead of the recipe's.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random, instead of the recipe's.")
+]
 Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda: where compression runs.")]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Take finished stages from the cache, or do all again.")]
 Run = Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN", show_default=False)]

@@ -93,6 +93,8 @@ def print_outcome(outcome: Outcome) -> None:
         for file in outcome.parity.artifacts:
             if file.exact:
                 _print(sys.stdout, "", f"{file.name}: every layer and output equals its bit-exact reference")
+        for note in outcome.parity.notes:
+            _print(sys.stdout, "[dim]", note)
         for breach in outcome.parity.breaches:
             error(breach)
     for found in outcome.profiles:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from edgekit.errors import DataError
+from edgekit.errors import DataError, EdgekitError, ModelError, cause
 
 __all__ = ["Data", "Source", "batches", "fingerprint", "first_sample", "input_count", "sample_inputs"]
 
@@ -39,16 +39,24 @@ class Data:
 
     Attributes:
         calibration: source of inputs; labels after the inputs are ignored.
-        evaluation: (x, y); x a Tensor (N, ...) or a tuple of Tensors, y (N, ...); None leaves the task metric out of reports.
+        evaluation: (x, y); x a Tensor (N, ...) or a tuple of Tensors, y (N, ...) or None; or a Dataset, DataLoader or function
+            of batches (x, y), which is then read into memory. None leaves the task metric out of reports.
         training: source of (x, y) batches for QAT; None where no recipe trains.
         metric: how evaluation is scored, "accuracy" (percent of samples whose largest output is y) or a function
             ``(outputs, y) -> float`` where more is better.
     """
 
     calibration: Source
-    evaluation: tuple[Tensor | tuple[Tensor, ...], Tensor] | None = None
+    evaluation: Any = None
     training: Source | None = None
     metric: str | Callable[[Tensor, Tensor], float] = "accuracy"
+
+    def __post_init__(self) -> None:
+        """Raise DataError for an evaluation that is no pair and for a metric that is none."""
+        if self.metric != "accuracy" and not callable(self.metric):
+            raise DataError(f"data.metric is {self.metric!r}; expected 'accuracy' or a function (outputs, labels) -> float")
+        if self.evaluation is not None:
+            object.__setattr__(self, "evaluation", _pair(self.evaluation))
 
 
 def batches(
@@ -67,7 +75,7 @@ def batches(
     if batch_size < 1:
         raise DataError(f"{what}: batch size {batch_size}; expected 1 or more")
     count = 0
-    for batch in _raw(source, batch_size, what):
+    for batch in _guarded(source, batch_size, what):
         tensors = _checked(_tensors(batch, what)[:inputs], count, what)
         size = len(tensors[0])
         for start in range(0, size, batch_size):
@@ -96,8 +104,19 @@ def input_count(model: nn.Module) -> int | None:
 
 
 def sample_inputs(model: nn.Module, data: Data) -> tuple[Tensor, ...]:
-    """The first calibration sample, (1, ...) for each of the model's inputs. Raises DataError as ``batches``."""
-    return first_sample(data.calibration, inputs=input_count(model), what="calibration data")
+    """The first calibration sample, (1, ...) for each of the model's inputs.
+
+    Raises:
+        DataError: as :func:`batches`, or fewer tensors than the model takes.
+        ModelError: the model takes no input.
+    """
+    count = input_count(model)
+    if count == 0:
+        raise ModelError("the model's forward takes no input; edgekit needs at least one tensor")
+    sample = first_sample(data.calibration, inputs=count, what="calibration data")
+    if count is not None and len(sample) < count:
+        raise DataError(f"calibration data: a batch has {len(sample)} tensors, the model takes {count} inputs")
+    return sample
 
 
 def fingerprint(data: Data, seed: int = 0) -> str:
@@ -109,7 +128,7 @@ def fingerprint(data: Data, seed: int = 0) -> str:
             continue
         if name == "evaluation":
             x, y = source
-            source = (*x, y) if isinstance(x, tuple | list) else (x, y)
+            source = (*(x if isinstance(x, tuple) else (x,)), *(() if y is None else (y,)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for batch in batches(source, 256, what=name):
@@ -135,6 +154,38 @@ def _metric_text(metric: Any) -> str:
     )
 
 
+def _pair(evaluation: Any) -> tuple[Tensor | tuple[Tensor, ...], Tensor | None]:
+    """Evaluation as (inputs, labels); a loader, dataset or function is read whole, the last tensor of its batches the labels."""
+    if isinstance(evaluation, DataLoader | Dataset) or callable(evaluation):
+        columns = [torch.cat(part) for part in zip(*batches(evaluation, 256, what="evaluation"), strict=True)]
+        return (tuple(columns[:-1]), columns[-1]) if len(columns) > 1 else (tuple(columns), None)
+    if not isinstance(evaluation, tuple | list) or len(evaluation) != 2:
+        found = f"{len(evaluation)} values" if isinstance(evaluation, tuple | list) else type(evaluation).__name__
+        raise DataError(f"evaluation: found {found}; expected a pair (inputs, labels), or a loader of batches (inputs, labels)")
+    x, y = evaluation
+    try:
+        inputs = tuple(torch.as_tensor(t) for t in (x if isinstance(x, tuple | list) else (x,)))
+        labels = None if y is None else torch.as_tensor(y)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"evaluation: inputs and labels must be tensors or arrays ({cause(error)})") from error
+    if labels is not None and any(len(t) != len(labels) for t in inputs if t.ndim and labels.ndim):
+        raise DataError(f"evaluation: {len(inputs[0])} inputs and {len(labels)} labels; they must have the same number")
+    return inputs if isinstance(x, tuple | list) else inputs[0], labels
+
+
+def _guarded(source: Source, batch_size: int, what: str) -> Iterator[Any]:
+    """Batches as the source has them; a failure of the user's code becomes one sentence."""
+    count = 0
+    try:
+        for batch in _raw(source, batch_size, what):
+            yield batch
+            count += 1
+    except (EdgekitError, GeneratorExit):
+        raise
+    except Exception as error:
+        raise DataError(f"{what}: the source failed after {count} batches: {cause(error)}") from error
+
+
 def _raw(source: Source, batch_size: int, what: str) -> Iterable[Any]:
     """Batches as the source has them, unchecked."""
     if isinstance(source, Tensor | np.ndarray):
@@ -154,6 +205,8 @@ def _raw(source: Source, batch_size: int, what: str) -> Iterable[Any]:
         found = source()
         if isinstance(found, Iterable):
             return found
+    if isinstance(source, Iterator):
+        raise DataError(f"{what}: a {type(source).__name__} can be read only once; give a function that returns a new one")
     raise DataError(
         f"{what}: found {type(source).__name__}; expected a Tensor or ndarray (N, ...), a tuple of them, a Dataset, a "
         "DataLoader, or a function without arguments that returns an iterable of batches"
@@ -167,7 +220,7 @@ def _tensors(batch: Any, what: str) -> tuple[Tensor, ...]:
         if isinstance(part, np.ndarray):
             part = torch.from_numpy(np.ascontiguousarray(part))
         if not isinstance(part, Tensor):
-            raise DataError(f"{what}: a batch holds {type(part).__name__}; expected tensors (batch, ...)")
+            raise DataError(f"{what}: a batch holds {type(part).__name__}; expected a tensor (batch, ...) or a tuple of them")
         found.append(part)
     if not found:
         raise DataError(f"{what}: a batch without tensors; expected at least one")

@@ -17,6 +17,9 @@ A message says where, what was found and what to do, in one sentence. Nothing is
 
 from __future__ import annotations
 
+import sysconfig
+import traceback
+from pathlib import Path
 from typing import ClassVar
 
 __all__ = [
@@ -31,6 +34,7 @@ __all__ = [
     "ParityError",
     "RecipeError",
     "UnsupportedError",
+    "cause",
     "missing_extra",
 ]
 
@@ -87,6 +91,24 @@ class MissingTool(EdgekitError):
     """An optional Python package or an external program is not installed."""
 
     exit_code: ClassVar[int] = 3
+
+
+def cause(error: BaseException) -> str:
+    """An exception of the user's code in one line, with the last line of theirs that led to it: "KeyError: 'x' (data.py:12)"."""
+    theirs = [
+        (frame.f_code.co_filename, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if not _is_library(frame.f_code.co_filename, str(frame.f_globals.get("__name__", "")))
+    ]
+    text = [line.strip() for line in str(error).splitlines() if line.strip()]
+    where = f" ({Path(theirs[-1][0]).name}:{theirs[-1][1]})" if theirs else ""
+    return f"{type(error).__name__}{': ' + text[0][:200] if text else ''}{where}"
+
+
+def _is_library(file: str, module: str) -> bool:
+    if module.partition(".")[0] in ("edgekit", "importlib") or not file.endswith(".py") or file.startswith("<"):
+        return True
+    return "site-packages" in file or file.startswith((sysconfig.get_path("stdlib"), str(Path(__file__).parent)))
 
 
 def missing_extra(package: str, extra: str) -> MissingTool:

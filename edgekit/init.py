@@ -148,20 +148,12 @@ def _files(folder: Path, model: str | None, data: str | None, weights: str, targ
 
 def _try(model: str, data: str) -> None:
     """Load both and run one sample, so that a mistake shows now."""
-    import torch
-
     from edgekit import source
     from edgekit.data import sample_inputs
-    from edgekit.errors import ModelError
+    from edgekit.intake import check_sample
 
     module = source.load_model(model)
-    sample = sample_inputs(module, source.load_data(data))
-    try:
-        with torch.no_grad():
-            module(*sample)
-    except Exception as error:
-        shapes = ", ".join(str(tuple(x.shape)) for x in sample)
-        raise ModelError(f"{model} does not take the first calibration sample, shape {shapes}: {error}") from error
+    check_sample(module, sample_inputs(module, source.load_data(data)), model)
 
 
 def _relative(spec: str, folder: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edgekit.errors import DataError
+from edgekit.errors import DataError, cause
 
 __all__ = ["HUGE", "Difference", "Metric", "accuracy", "difference", "metric_name", "score", "sqnr_db", "top1", "top1_agreement"]
 
@@ -85,7 +85,7 @@ def accuracy(outputs: ArrayLike, labels: ArrayLike) -> float:
     """Percentage of samples whose largest output is the label.
 
     Raises:
-        DataError: labels that are not integers, or not one for each sample.
+        DataError: labels that are not integers, not one for each sample, or no class of the outputs.
     """
     chosen, wanted = top1(outputs), np.asarray(labels)
     if wanted.ndim == chosen.ndim + 1 and wanted.shape[-1] == 1:
@@ -94,6 +94,13 @@ def accuracy(outputs: ArrayLike, labels: ArrayLike) -> float:
         raise DataError(
             f"evaluation labels: {wanted.dtype} of shape {wanted.shape}, expected integer classes of shape {chosen.shape}"
             " for the metric accuracy; give data.metric a function for another task"
+        )
+    classes = np.asarray(outputs).shape[1]
+    low, high = (int(wanted.min()), int(wanted.max())) if wanted.size else (0, 0)
+    if low < 0 or high >= classes:
+        raise DataError(
+            f"evaluation labels: they go from {low} to {high}, the model has {classes} outputs; expected classes 0 to "
+            f"{classes - 1}, or give data.metric a function for another task"
         )
     return float(100.0 * (chosen == wanted).mean())
 
@@ -115,7 +122,13 @@ def score(metric: Metric, outputs: NDArray[Any], labels: NDArray[Any]) -> float:
         raise DataError(f"data.metric is {metric!r}; expected 'accuracy' or a function (outputs, labels) -> float")
     import torch
 
-    value = float(metric(torch.as_tensor(outputs), torch.as_tensor(labels)))
+    try:
+        value = float(metric(torch.as_tensor(outputs), torch.as_tensor(labels)))
+    except Exception as error:
+        raise DataError(
+            f"data.metric: {metric_name(metric)} failed on outputs of shape {outputs.shape} and labels of shape {labels.shape}: "
+            f"{cause(error)}"
+        ) from error
     if not np.isfinite(value):
         raise DataError(f"data.metric: {metric_name(metric)} returned {value}; expected a finite number")
     return value

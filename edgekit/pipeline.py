@@ -27,6 +27,7 @@ from edgekit import cache, environment, recipe, runfolder, source
 from edgekit.data import Data, fingerprint, sample_inputs
 from edgekit.errors import FormatError, InputError, MissingTool
 from edgekit.files import sha256, write_json, write_whole
+from edgekit.intake import check_device, check_sample, range_warnings
 from edgekit.recipe import Recipe, Target
 from edgekit.stage_runner import Progress, StageNote, Stages
 
@@ -204,6 +205,7 @@ def _make(
     from edgekit import measure
 
     settings = recipe.replace(recipe.load(Path(recipe_path)), seed=seed, device=device)
+    notes = _device_notes(settings, device)
     with measure.connected((*settings.profile, *settings.verify.devices) if whole else ()) as devices:
         if whole:
             _require(settings.targets)
@@ -214,6 +216,7 @@ def _make(
         )
         with runfolder.staged(out) as work:
             stages = Stages(work, resume, progress)
+            stages.warnings += notes
             parity, profiles = _all(stages, settings, Path(out), whole, on, measured)
     return replace(_outcome(stages, out), parity=parity, profiles=profiles)
 
@@ -317,13 +320,30 @@ def _require(targets: Sequence[Target]) -> None:
             raise MissingTool(f"target {target.name}: {missing}{remedy}")
 
 
+_LEARNED = ("adaround", "brecq")
+"""Methods of ``ptq`` that learn, where its ``device`` says."""
+
+
+def _device_notes(settings: Recipe, device: str | None) -> list[str]:
+    """Warnings about a device that nothing will use. Raises InputError for one that is not there, before any work."""
+    asked = {b.kind: d for b in settings.compress if (d := getattr(b.settings, "device", None)) is not None}
+    for wanted in (device, *asked.values()):
+        check_device(wanted)
+    learns = [b for b in settings.compress if b.kind in ("qat", "repair") or getattr(b.settings, "method", "") in _LEARNED]
+    if "cuda" in (device, *asked.values()) and not learns:
+        return ["device cuda is not used: only qat, repair and the methods adaround and brecq of ptq learn on it"]
+    return []
+
+
 def _load(settings: Recipe) -> _Loaded:
     _seed(settings.seed)
     model = source.load_model(settings.model, settings.seed)
     data = source.load_data(settings.data, settings.seed)
     file = Path(settings.model.rpartition(":")[0])
     text = hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" else ""
-    return _Loaded(model, data, sample_inputs(model, data), settings.seed, text)
+    sample = sample_inputs(model, data)
+    check_sample(model, sample, "the model")
+    return _Loaded(model, data, sample, settings.seed, text)
 
 
 def _compress(stages: Stages, settings: Recipe, loaded: _Loaded) -> None:
@@ -350,7 +370,9 @@ def _compress(stages: Stages, settings: Recipe, loaded: _Loaded) -> None:
             loaded.model, settings.compress, loaded.data, name=settings.name, progress=stages.progress, folder=unfinished
         )
         save(made.program, stages.folder / "frozen.pt2")
-        write_json(stages.folder / "compress.json", made.record)
+        evaluation = outputs.evaluation_set(loaded.data, len(loaded.sample))
+        warnings = [*made.record["warnings"], *range_warnings(made.program, evaluation)]
+        write_json(stages.folder / "compress.json", {**made.record, "warnings": warnings})
         files = ["frozen.pt2", "compress.json", evaluate("compressed", made.simulation, simulated=True)]
         shutil.rmtree(unfinished, ignore_errors=True)
         return files

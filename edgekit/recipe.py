@@ -157,6 +157,10 @@ def replace(
     recipe: Recipe, *, seed: int | None = None, device: str | None = None, targets: Sequence[Target] | None = None
 ) -> Recipe:
     """The recipe with values from the command line: ``seed`` and ``device`` go into every block that has such a setting."""
+    if seed is not None and not 0 <= seed < 2**32:
+        raise RecipeError(f"seed {seed}: expected 0 to {2**32 - 1}")
+    if device not in (None, "cpu", "cuda"):
+        raise RecipeError(f"device {device!r}: expected cpu or cuda")
     given: dict[str, Any] = {k: v for k, v in {"seed": seed, "device": device}.items() if v is not None}
 
     def changed(settings: Settings) -> Settings:

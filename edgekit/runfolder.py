@@ -39,7 +39,7 @@ def names(folder: Path) -> dict[str, str]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         number, files = int(found["format"]), {str(k): str(v) for k, v in found["files"].items()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FormatError(
             f"{folder}: not a run folder (no {MANIFEST}); make one with `edgekit compress` or `edgekit run`"
         ) from None
@@ -84,7 +84,7 @@ def staged(folder: Path, *, keep: bool = False) -> Iterator[Path]:
         InputError: ``folder`` holds something else than a run, or nothing can be written there.
     """
     folder = Path(os.path.abspath(folder))
-    with _writing(folder):
+    with _writing(folder, every=True):
         old = _previous(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
@@ -235,17 +235,19 @@ _REASONS = {
     errno.EBUSY: "it is a mount point; choose a folder below it",
     errno.EEXIST: "a part of the path is a file; choose another folder",
     errno.ENOTDIR: "a part of the path is a file; choose another folder",
+    errno.ENAMETOOLONG: "its name is too long; choose a shorter one",
 }
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """OSErrors that mean 'cannot be written' as one sentence; everything else passes."""
+def _writing(folder: Path, every: bool = False) -> Iterator[None]:
+    """OSErrors that mean 'cannot be written' as one sentence; others pass, unless ``every``: where only the folder is touched."""
     try:
         yield
     except EdgekitError:
         raise
     except OSError as error:
-        if error.errno not in _REASONS:
+        if error.errno not in _REASONS and not every:
             raise
-        raise InputError(f"cannot write {folder}: {_REASONS[error.errno]}") from error
+        reason = _REASONS.get(error.errno or 0, "no folder can be made there; choose another folder")
+        raise InputError(f"cannot write {folder}: {reason}") from error

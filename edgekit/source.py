@@ -12,11 +12,11 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import io
 import sys
-import traceback
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from edgekit.data import Data
-from edgekit.errors import DataError, EdgekitError, FormatError, InputError, ModelError
+from edgekit.errors import DataError, EdgekitError, FormatError, InputError, ModelError, cause
+from edgekit.intake import check_model
 
 __all__ = ["load_data", "load_model", "load_weights", "model_fingerprint"]
 
@@ -40,7 +41,7 @@ def load_model(spec: str, seed: int = 0) -> nn.Module:
 
     Raises:
         InputError: no such file, module or factory.
-        ModelError: the factory failed, or returned something else than an ``nn.Module``.
+        ModelError: the factory failed, returned something else than an ``nn.Module``, or its parameters cannot be used.
         FormatError: the ``.pt2`` is damaged or holds pickled objects.
     """
     if spec.endswith(".pt2"):
@@ -49,8 +50,9 @@ def load_model(spec: str, seed: int = 0) -> nn.Module:
         return _Exported(read_exported(Path(spec)).module(check_guards=False), spec)
     model = _call(_factory(spec), spec, seed, ModelError)
     if not isinstance(model, nn.Module):
-        raise ModelError(f"{_name(spec)} returned {type(model).__name__}; expected a torch.nn.Module")
-    return model.cpu().eval()
+        found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise ModelError(f"{_name(spec)} returned {found}; expected a torch.nn.Module")
+    return check_model(model, _name(spec))
 
 
 class _Exported(nn.Module):
@@ -128,7 +130,8 @@ def model_fingerprint(model: nn.Module, sample: tuple[Tensor, ...]) -> str:
         total.update(f"{key}{value.dtype}{tuple(value.shape)}".encode())
         total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     try:
-        exported = torch.export.export(model, sample, strict=False)
+        with redirect_stderr(io.StringIO()):  # torch prints the graph of a model that it cannot export
+            exported = torch.export.export(model, sample, strict=False)
         total.update(str(exported.graph).encode())
         for key, constant in sorted(exported.constants.items()):
             if isinstance(constant, Tensor):
@@ -182,7 +185,7 @@ def _factory(spec: str) -> Callable[..., Any]:
                 raise InputError(
                     f"{file}: no such module, and no file {file.replace('.', '/')}.py in the current folder"
                 ) from None
-            raise InputError(f"{file}: cannot be imported: {_cause(error, path)}") from error
+            raise InputError(f"{file}: cannot be imported: {cause(error)}") from error
     found = getattr(module, name, None)
     if not callable(found):
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
@@ -222,7 +225,7 @@ def _call(factory: Callable[..., Any], spec: str, seed: int, kind: type[EdgekitE
         except EdgekitError:
             raise
         except Exception as error:
-            raise kind(f"{_name(spec)} failed: {_cause(error, path)}") from error
+            raise kind(f"{_name(spec)} failed: {cause(error)}") from error
 
 
 @contextmanager
@@ -247,11 +250,3 @@ def _importable(folder: Path) -> Iterator[None]:
 def _name(spec: str) -> str:
     file, _, name = spec.rpartition(":")
     return f"{Path(file).name if file.endswith('.py') else file}:{name}"
-
-
-def _cause(error: BaseException, path: Path) -> str:
-    """The error in one line, with the last line of the user's file that led to it."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).name == path.name]
-    where = f" ({path.name}:{frames[-1].lineno})" if frames else ""
-    text = str(error).splitlines()
-    return f"{type(error).__name__}{': ' + text[0][:200] if text else ''}{where}"

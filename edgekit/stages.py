@@ -27,12 +27,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from edgekit.data import Data, batches, first_sample
-from edgekit.errors import DataError, FormatError, ModelError
+from edgekit.errors import DataError, EdgekitError, FormatError, ModelError, cause
 from edgekit.files import write_whole
 from edgekit.frozen import FrozenProgram
-from edgekit.metrics import Metric, metric_name
+from edgekit.metrics import Metric, metric_name, score
 
 __all__ = [
     "KEPT",
@@ -46,6 +47,7 @@ __all__ = [
     "evaluation_set",
     "judged_on",
     "load_stage",
+    "output_tensors",
     "save_stage",
     "spread",
 ]
@@ -143,7 +145,7 @@ def evaluation_set(data: Data, inputs: int = 1) -> Evaluation:
         where = f"the first {len(joined[0])} calibration samples, without labels: the data has no evaluation part"
         return Evaluation(joined, None, data.metric, where)
     x, y = data.evaluation
-    tensors = tuple(torch.as_tensor(t) for t in (x if isinstance(x, tuple | list) else (x,)))
+    tensors = x if isinstance(x, tuple) else (x,)
     for _ in batches(tensors, 256, what="evaluation"):  # checks every value
         pass
     sample = first_sample(data.calibration, inputs=inputs, what="calibration")
@@ -153,9 +155,9 @@ def evaluation_set(data: Data, inputs: int = 1) -> Evaluation:
             raise DataError(
                 f"evaluation: samples of input {i} have shape {given}, those of calibration {wanted}; they must be equal"
             )
-    labels = None if y is None else np.asarray(torch.as_tensor(y))
-    if labels is not None and len(labels) != len(tensors[0]):
-        raise DataError(f"evaluation: {len(tensors[0])} inputs and {len(labels)} labels; they must have the same number")
+    labels = None if y is None else np.asarray(y)
+    if labels is not None and labels.shape[:1] != tensors[0].shape[:1]:
+        raise DataError(f"evaluation: labels of shape {labels.shape} for {len(tensors[0])} inputs; there must be one for each")
     return Evaluation(tensors, labels, data.metric, f"the {len(tensors[0])} evaluation samples")
 
 
@@ -172,12 +174,15 @@ def evaluate(
     try:
         with torch.no_grad():
             for start in range(0, total, batch_size):
-                result = model(*(x[start : start + batch_size].to(device) for x in inputs))
-                result = result if isinstance(result, tuple | list) else (result,)
-                if not all(isinstance(y, Tensor) for y in result):
-                    kinds = ", ".join(type(y).__name__ for y in result)
-                    raise ModelError(f"the model returns ({kinds}); expected a Tensor or a tuple of them")
-                parts.append([y.detach().float().cpu().numpy() for y in result])
+                batch = [x[start : start + batch_size].to(device) for x in inputs]
+                try:
+                    result = model(*batch)
+                except EdgekitError:
+                    raise
+                except Exception as error:
+                    last = min(total, start + batch_size) - 1
+                    raise ModelError(f"the model fails on evaluation samples {start} to {last}: {cause(error)}") from error
+                parts.append([y.detach().float().cpu().numpy() for y in output_tensors(result)])
                 if progress:
                     progress(min(total, start + batch_size), total)
     finally:
@@ -190,6 +195,19 @@ def evaluate(
     return outputs
 
 
+def output_tensors(result: Any) -> list[Tensor]:
+    """The tensors that a model returned, alone or in tuples, lists and dicts, in the order ``torch.export`` gives them.
+
+    Raises:
+        ModelError: there is none, or something else is among them.
+    """
+    leaves = [leaf for leaf in tree_leaves(result) if leaf is not None]
+    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+        kinds = ", ".join(type(leaf).__name__ for leaf in leaves) or "nothing"
+        raise ModelError(f"the model returns {kinds}; expected a Tensor, or a tuple or dict of Tensors")
+    return leaves
+
+
 def evaluate_stage(
     name: str, model: nn.Module, evaluation: Evaluation, *, simulated: bool = False, batch_size: int = 64, device: str = "cpu",
     progress: Progress | None = None,
@@ -198,8 +216,14 @@ def evaluate_stage(
 
     Args:
         simulated: the module only simulates integers in float, so the bytes of its parameters say nothing.
+
+    Raises:
+        ModelError: as :func:`evaluate`.
+        DataError: the labels do not fit the outputs, or the metric fails: said now, not after everything was made.
     """
     outputs = evaluate(model, evaluation.inputs, batch_size, device, progress)
+    if evaluation.labels is not None:
+        score(evaluation.metric, outputs[0], evaluation.labels)
     kept = spread(len(evaluation), max(1, min(KEPT, KEPT_BYTES // _sample_bytes(evaluation))))
     stored = evaluation.take(kept)
     size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))

@@ -32,7 +32,7 @@ from edgekit import layer_parity
 from edgekit.data import Data
 from edgekit.devices import connect
 from edgekit.devices.target import OnDevice
-from edgekit.errors import FormatError, InputError, MissingTool
+from edgekit.errors import EdgekitError, FormatError, InputError, MissingTool
 from edgekit.files import content_sha256
 from edgekit.frozen import FrozenProgram, load
 from edgekit.layer_parity import compare_layers
@@ -67,9 +67,9 @@ def verify_run(
         on: what to check on devices: (device, target).
 
     Raises:
-        FormatError: no frozen program in the folder, or a damaged file.
+        FormatError: no frozen program in the folder.
         DataError: ``data`` is not the data that the stages were made with.
-        MissingTool: the runtime of a file is not installed.
+        EdgekitError: no file can be checked (the first one's reason); if one can, what kept the others from it is a breach.
     """
     folder, settings = Path(folder), settings or Verify()
     program = load(folder / "frozen.pt2")
@@ -81,10 +81,17 @@ def verify_run(
     references["frozen"] = tuple(y.float().numpy() for y in reference)
     stages = [stage_row(n, y, references, evaluation, program) for n, y in references.items()]
     stages = [_with_size(s, stored.get(s.name), program) for s in stages]
-    found = [
-        verify_artifact(program, job, folder / f"model{get(name).SUFFIX}", evaluation, references, settings, progress)
-        for name, job in _jobs(folder, targets, on)
-    ]
+    found, failures = [], []
+    for name, job in _jobs(folder, targets, on):
+        path = folder / f"model{get(name).SUFFIX}"
+        try:
+            found.append(verify_artifact(program, job, path, evaluation, references, settings, progress))
+        except EdgekitError as error:  # a file that cannot be checked must not hide what is wrong with the others
+            if not isinstance(job, str):
+                raise
+            failures.append((f"{name}: {path.name} could not be checked: {error}", error))
+    if failures and not found:
+        raise failures[0][1]
     artifacts = _with_earlier(folder, found, settings, stages)
     labelled = evaluation.labels is not None and stages[-1].metric is not None
     parity = Parity(
@@ -96,6 +103,7 @@ def verify_run(
         stages=(*stages, *(a.stage for a in artifacts)),
         artifacts=artifacts,
         unchecked=tuple(name for name in present(folder) if name not in {a.target for a in artifacts}),
+        run_breaches=tuple(text for text, _ in failures),
         notes=tuple(notes),
     )
     parity.save(folder / "parity.json")

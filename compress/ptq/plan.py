@@ -33,6 +33,9 @@ __all__ = [
     "with_bias",
 ]
 
+_FEW = 16
+"""Calibration samples below which the user is warned."""
+
 Batches = Callable[[], Iterable[tuple[Tensor, ...]]]
 """Makes a fresh stream of calibration batches, one tensor (B, ...) for each input of the model."""
 
@@ -156,6 +159,7 @@ def quantize_weight(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
 def calibrate(graph: Graph, units: Sequence[Unit], settings: Quantization, data: Batches) -> tuple[dict[str, ActQ], list[str]]:
     """Scale and zero point of every activation beside an integer layer, and warnings."""
     shared = groups(units)
+    seen = _Samples()
     observers = {root: Observer() for root in set(shared.values())}
     watched: dict[str, str] = {}
     inherited = {u.output.name for u in units if u.inherits}
@@ -164,21 +168,44 @@ def calibrate(graph: Graph, units: Sequence[Unit], settings: Quantization, data:
     for name, root in shared.items():
         if name not in inherited and name not in fixed:
             watched[name] = root
-    _observe(graph, watched, observers, data, "extend")
+    _observe(graph, watched, observers, lambda: map(seen.add, data()), "extend")
     if settings.observer in ("percentile", "mse", "entropy"):
         _observe(graph, watched, observers, data, "count")
     few = few_bits(units, settings)
     result: dict[str, ActQ] = {}
-    warnings = eight_bit_inputs(units, few, settings)
+    warnings = [*seen.warnings(), *eight_bit_inputs(units, few, settings)]
     for name, root in shared.items():
         if root in fixed and stored_bits(settings.activations) == 8:
             result[name] = fixed[root]
             continue
         observer = observers[root]
         if name == root and observer.high <= observer.low:
-            warnings.append(f"layer {graph.names.get(name, name)}: its output was constant during calibration")
+            what = f"layer {graph.names[name]}: its output was" if name in graph.names else f"input {name}: it was"
+            warnings.append(f"{what} constant ({observer.low:.3g}) during calibration")
         result[name] = quantization_for(observer, settings, root in few, root in answers)
     return result, warnings
+
+
+class _Samples:
+    """Watches calibration batches go by: how many samples, and whether they differ."""
+
+    def __init__(self) -> None:
+        self.first: tuple[Tensor, ...] | None = None
+        self.count, self.differ = 0, False
+
+    def add(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self.first is None:
+            self.first = tuple(x[:1].clone() for x in batch)
+        self.count += len(batch[0])
+        if not self.differ and all(x.shape[1:] == one.shape[1:] for x, one in zip(batch, self.first, strict=False)):
+            self.differ = any(bool((x != one).any()) for x, one in zip(batch, self.first, strict=False))
+        return batch
+
+    def warnings(self) -> list[str]:
+        """What makes the ranges doubtful."""
+        if self.count < _FEW:
+            return [f"calibration: {self.count} sample(s) only, ranges from so few are often too narrow; give 100 or more"]
+        return [] if self.differ else [f"calibration: all {self.count} samples are equal; give samples that differ"]
 
 
 def quantization_for(observer: Observer, settings: Quantization, few: bool = False, answers: bool = False) -> ActQ:

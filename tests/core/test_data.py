@@ -95,5 +95,11 @@ def test_the_fingerprint_is_of_the_values_only() -> None:
     assert fingerprint(shuffled) == fingerprint(shuffled)
     changed = X.clone()
     changed[9, 2] += 1e-6
-    others = [Data(changed, (X, Y)), Data(X, (X, Y.flip(0))), Data(X), Data(X, (X, Y), X), Data(X, (X, Y), metric="other")]
+    others = [
+        Data(changed, (X, Y)),
+        Data(X, (X, Y.flip(0))),
+        Data(X),
+        Data(X, (X, Y), X),
+        Data(X, (X, Y), metric=lambda outputs, y: 0.0),
+    ]
     assert len({base, *map(fingerprint, others)}) == 6

@@ -39,7 +39,7 @@ def test_the_drawing_is_the_tree() -> None:
 
 
 def test_all_names_every_class() -> None:
-    assert set(classes()) | {"missing_extra"} == set(errors.__all__)
+    assert set(classes()) | {"cause", "missing_extra"} == set(errors.__all__)
 
 
 @pytest.mark.parametrize(

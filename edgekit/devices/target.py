@@ -59,6 +59,16 @@ class OnDevice:
         with naming(self.device):
             return dict(self.device.taps(path, self.target, program, sample))
 
+    def taps_each(
+        self, path: Path, program: FrozenProgram, samples: Sequence[NDArray[Any]]
+    ) -> list[dict[str, NDArray[Any]]] | None:
+        """:meth:`taps` of every sample by one start of the device; None where it has no such thing."""
+        own = getattr(self.device, "taps_each", None)
+        if own is None:
+            return None
+        with naming(self.device):
+            return list(own(path, self.target, program, samples))
+
     def reference(
         self, path: Path, program: FrozenProgram, sample: Sequence[NDArray[Any]]
     ) -> tuple[dict[str, NDArray[Any]], list[NDArray[Any]]] | None:

@@ -11,14 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 from device_files import lowered
+from fake_target import altered
 from nets import images, residual_net
 
 from edgekit import devices
 from edgekit.devices import linux, timing
+from edgekit.devices.target import OnDevice
 from edgekit.errors import DeviceError, EdgekitError, FormatError, InputError, MissingTool, UnsupportedError
 from edgekit.frozen import FrozenProgram
 from edgekit.profile import Settings, load, save
+from edgekit.recipe import Verify
+from edgekit.stages import Evaluation
 from edgekit.targets import get
+from edgekit.verify import verify_artifact
 
 X = images(3).numpy()
 
@@ -45,6 +50,21 @@ def test_it_gives_what_the_targets_own_run_gives(path: Path, program: FrozenProg
     assert device.taps(path, "onnx", program, [X]).keys() == every[0].keys()
     device.close()
     device.close()
+
+
+def test_the_parity_contract_holds_there_and_names_an_altered_layer(path: Path, program: FrozenProgram, tmp_path: Path) -> None:
+    device = OnDevice("onnx", devices.connect("local"))
+    evaluation = Evaluation((images(6),), None, "accuracy", "random")
+    settings = Verify(layer_samples=3)
+    found = verify_artifact(program, device, path, evaluation, settings=settings)
+    assert found.ok and found.device == "local" and len(found.layers) > 10
+    at_home = verify_artifact(program, "onnx", path, evaluation, settings=settings)
+    assert found.layers == at_home.layers and found.stage.max_lsb == at_home.stage.max_lsb
+    changed = tmp_path / "changed.onnx"
+    get("onnx").lower(altered(program, "block.pw.weight", (3, 2, 0, 0), 64), changed)
+    found = verify_artifact(program, device, changed, evaluation, settings=settings)
+    assert not found.ok and found.first_diverging == "block.pw"
+    assert [layer.layer for layer in found.layers if not layer.within] == ["block.pw"]
 
 
 def test_a_profile_is_written_and_read_back(

@@ -23,6 +23,7 @@ from edgekit.firmware_sim.toolchain import Firmware
 from edgekit.frozen import FrozenProgram
 from edgekit.profile import LayerCost, Profile, Settings
 from edgekit.targets.cortex_m import host
+from edgekit.targets.cortex_m.fits import NOTE, fits
 from edgekit.targets.cortex_m.preparation import prepare, simulate, to_stored
 from edgekit.targets.cortex_m.project import Facts, load
 
@@ -162,10 +163,11 @@ class EmulatedBoard:
             "stack_reserved_bytes": sizes.stack,
         }
         build = facts.build
-        note = f"{self.board.title}, {build.target}, {build.kernel_set} kernels, -{build.optimize}"
+        notes = (f"{self.board.title}, {build.target}, {build.kernel_set} kernels, -{build.optimize}", NOTE)
         return Profile(
             device=self.name, target=target, file="", sha256="", unit="instructions", total=total, macs=facts.macs, layers=layers,
-            figures={**figures, **bytes_}, method=method, notes=(note,),
+            figures={**figures, **bytes_}, method=method, notes=notes,
+            fits=tuple(fits(program, build, firmware)),
         )  # fmt: skip
 
     def close(self) -> None:

@@ -9,6 +9,6 @@ from __future__ import annotations
 
 from edgekit.targets.cortex_m.target import TARGETS, CortexM, Options
 
-__all__ = ["M0", "M3", "M4", "M7", "M33", "M55", "CortexM", "Options"]
+__all__ = ["M0", "M3", "M4", "M7", "M33", "M55", "TARGETS", "CortexM", "Options"]
 
 M0, M3, M4, M7, M33, M55 = (TARGETS[f"cortex-m{number}"] for number in (0, 3, 4, 7, 33, 55))

@@ -61,6 +61,7 @@ def test_a_run_counts_and_verifies_on_its_board(finished: Path) -> None:
     assert sum(layer.instructions or 0 for layer in found.layers) == found.total
     assert found.macs == 8 * 8 * 9 * 4 + 64 * 3 and sum(layer.macs for layer in found.layers) == found.macs
     assert sum(layer.share for layer in found.layers) == pytest.approx(1)
+    assert len(found.fits) > 20 and all(row["fits"] for row in found.fits)
     parity = Parity.load(finished / "parity.json")
     assert [s.name for s in parity.stages[3:]] == ["cortex-m0 on qemu:microbit", "cortex-m4 on qemu:mps2-an386"]
     assert all(a.exact and all(x.exact for x in a.layers) and a.stage.metric is not None for a in parity.artifacts)

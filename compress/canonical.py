@@ -8,6 +8,7 @@ conv2d(padding="same")                                      pad + conv2d
 pad(0) on H and W, equal on both sides, before a conv2d     the conv's padding
 relu6, hardtanh(0, 6), clamp(0, 6)                          hardtanh(0, 6)
 adaptive_avg_pool2d(1), mean over (2, 3)                    mean((2, 3), keepdim), and a reshape
+addmm with a parameter as matrix (GPT-2's Conv1D)           linear
 flatten, view                                               reshape
 transpose, t                                                permute
 """
@@ -38,6 +39,7 @@ def canonicalize(module: fx.GraphModule) -> None:
     """Rewrite ``module`` in place; see the table above."""
     for rewrite in (
         _remove_identities,
+        _transposed_linear,
         _explicit_same_padding,
         _one_dimensional,
         _fold_batch_norm,
@@ -76,10 +78,10 @@ def traced_value(node: fx.Node) -> Any:
 
     fake = next(n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), FakeTensor))
     mode = fake.fake_mode
-    arguments = fx.map_arg(node.args, value)
+    arguments, options = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
     target: Any = node.target
     with mode:
-        return target(*arguments)
+        return target(*arguments, **options)
 
 
 def _between(last: fx.Node, before: fx.Node) -> list[fx.Node]:
@@ -128,6 +130,25 @@ def _explicit_same_padding(module: fx.GraphModule, node: fx.Node) -> None:
         return graph.call_function(conv, (padded, weight, bias, stride, [0] * rank, dilation, groups))
 
     _replace(node, build)
+
+
+def _transposed_linear(module: fx.GraphModule, node: fx.Node) -> None:
+    """addmm(bias, x, W) with parameters bias (out,) and W (in, out), each used by nobody else, is linear(x, W^T, bias)."""
+    if node.target != ATEN.addmm.default or node.kwargs:
+        return
+    bias, x, weight = node.args[:3]
+    if not all(isinstance(a, fx.Node) and a.op == "get_attr" for a in (bias, weight)):
+        return
+    value = _tensor(module, str(weight.target))  # type: ignore[union-attr]
+    names = {
+        p for n in module.graph.nodes if n.op == "get_attr" and _tensor(module, p := str(n.target)).data_ptr() == value.data_ptr()
+    }
+    if len(names) > 1 or len(weight.users) > 1 or _tensor(module, str(bias.target)).dim() != 1:  # type: ignore[union-attr]
+        return
+    assign_tensor(module, str(weight.target), value.T)  # type: ignore[union-attr]
+    if "val" in weight.meta:  # type: ignore[union-attr]
+        weight.meta["val"] = weight.meta["val"].T  # type: ignore[union-attr]
+    _replace(node, lambda graph: graph.call_function(ATEN.linear.default, (x, weight, bias)))
 
 
 def _one_dimensional(module: fx.GraphModule, node: fx.Node) -> None:

@@ -111,12 +111,22 @@ def _ptq(state: _State, block: _Block, data: Data, progress: Progress | None) ->
     return _quantizing(partial(quantize, folder=folder), state, block, data, progress)
 
 
-def _in_float(load: Callable[[], FloatPass], state: _State, block: _Block, data: Data, progress: Progress | None) -> _State:
+def _in_float(
+    load: Callable[[], FloatPass], state: _State, block: _Block, data: Data, progress: Progress | None, *, exact: bool = False
+) -> _State:
     if state.plan is not None:
         raise InputError(f"compress: `{block.kind}` works on the float model; put it before ptq and qat")
     graph, record = load()(state.graph, block.settings, data, state.original, progress)
     entry = {"kind": block.kind, "settings": asdict(block.settings), **record.to_json()}
-    return replace(state, graph=graph, passes=(*state.passes, entry), warnings=(*state.warnings, *record.warnings))
+    original = graph if exact and state.original is state.graph else state.original
+    made = replace(state, original=original, graph=graph, passes=(*state.passes, entry))
+    return replace(made, warnings=(*state.warnings, *record.warnings))
+
+
+def _rewrite() -> FloatPass:
+    from edgekit.compress.rewrite.step import rewrite
+
+    return rewrite
 
 
 def _lowrank() -> FloatPass:
@@ -137,6 +147,7 @@ def _repair(state: _State, block: _Block, data: Data, progress: Progress | None)
 
 
 _STEPS: dict[str, Callable[[_State, _Block, Data, Progress | None], _State]] = {
+    "rewrite": partial(_in_float, _rewrite, exact=True),
     "lowrank": partial(_in_float, _lowrank),
     "repair": _repair,
     "ptq": _ptq,

@@ -20,6 +20,7 @@ from edgekit import marked_yaml
 from edgekit.compress.lowrank.settings import LowRank
 from edgekit.compress.ptq.settings import PTQ, QAT
 from edgekit.compress.repair.settings import Repair
+from edgekit.compress.rewrite.settings import Rewrite
 from edgekit.errors import RecipeError
 from edgekit.validation import Reader, closest, shown
 
@@ -27,9 +28,15 @@ __all__ = ["NAMED", "SETTINGS", "Block", "Recipe", "Target", "Verify", "dump", "
 
 _FORBID = ConfigDict(extra="forbid")
 
-Settings = LowRank | Repair | PTQ | QAT
+Settings = Rewrite | LowRank | Repair | PTQ | QAT
 
-SETTINGS: dict[str, type[Settings]] = {"lowrank": LowRank, "repair": Repair, "ptq": PTQ, "qat": QAT}
+SETTINGS: dict[str, type[Settings]] = {
+    "rewrite": Rewrite,
+    "lowrank": LowRank,
+    "repair": Repair,
+    "ptq": PTQ,
+    "qat": QAT,
+}
 """Compression block to its settings class."""
 
 NAMED: dict[str, Mapping[str, Any]] = {
@@ -67,7 +74,7 @@ class Verify:
 class Block:
     """One step of compression: a key of :data:`SETTINGS` and its settings."""
 
-    kind: Literal["lowrank", "repair", "ptq", "qat"]
+    kind: Literal["rewrite", "lowrank", "repair", "ptq", "qat"]
     settings: Settings
 
 
@@ -86,7 +93,7 @@ class Recipe:
     Attributes:
         model: ``file.py:factory``, ``package.module:factory`` or a ``.pt2`` file; the factory returns an ``nn.Module``.
         data: ``file.py:factory`` or ``package.module:factory``; the factory returns an ``edgekit.data.Data``.
-        compress: what is done to the model, in order: ``lowrank``, ``repair``, ``ptq``, ``qat``, or a name such as
+        compress: what is done to the model, in order: ``rewrite``, ``lowrank``, ``repair``, ``ptq``, ``qat``, or a name such as
             ``static_wi8_ai8``.
         targets: what it is lowered to, each a name or a name with options.
         verify: what counts as equal.

@@ -7,7 +7,7 @@ Each rule was chosen because the plain form splits the graph or falls back to a 
   the output's scale (XNNPACK demands equal ones);
 * a strided slice of an image becomes a 1x1 depthwise convolution with weights and scales of one, which is exact:
   ``round(1.0 * (q - z)) + z == q``. XNNPACK's own slice takes no step. Others are reshaped until a plain slice is left;
-* float LayerNorm, matmul, attention and means are written with ``mm``/``bmm``, which XNNPACK takes.
+* float LayerNorm, RMSNorm, matmul, attention and means are written with ``mm``/``bmm``, which XNNPACK takes.
 """
 
 from __future__ import annotations
@@ -176,6 +176,15 @@ def _layer_norm(
     return y if bias is None else _ATEN.add.Tensor(y, bias)
 
 
+def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Any:
+    if len(shape) != 1:
+        return NotImplemented
+    spread = _mean_last(_ATEN.mul.Tensor(x, x))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    y = _ATEN.mul.Tensor(x, _ATEN.rsqrt.default(_ATEN.add.Tensor(spread, eps)))
+    return y if weight is None else _ATEN.mul.Tensor(y, weight)
+
+
 def _matmul(a: Tensor, b: Tensor) -> Any:
     if a.dim() < 2 or b.dim() < 2 or (a.dim() == b.dim() == 2):
         return _ATEN.mm.default(a, b) if a.dim() == b.dim() == 2 else NotImplemented
@@ -207,6 +216,7 @@ def _attention(
 
 ATEN_RULES: Mapping[Any, Callable[..., Any]] = {
     _ATEN.layer_norm.default: _layer_norm,
+    _ATEN.rms_norm.default: _rms_norm,
     _ATEN.matmul.default: _matmul,
     _ATEN.mean.dim: _mean,
     _ATEN.scaled_dot_product_attention.default: _attention,

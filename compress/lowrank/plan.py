@@ -56,7 +56,9 @@ class Factorized:
 
 def schemes_of(settings: LowRank) -> tuple[str, ...]:
     """The schemes tried on a convolution."""
-    return ("ced", "spatial", "tucker") if settings.scheme == "auto" else (settings.scheme,)
+    if settings.scheme != "auto":
+        return (settings.scheme,)
+    return ("ced",) if settings.solver == "snmf" else ("ced", "spatial", "tucker")
 
 
 def refusal(layer: Layer, settings: LowRank) -> str:

@@ -74,7 +74,7 @@ class LowRank:
             weights, to be trained.
         scheme: how a convolution is split: ``ced``: k x k to r channels, then 1 x 1; ``spatial``: k x 1 to r channels, then
             1 x k (Jaderberg et al. 2014); ``tucker``: 1 x 1, k x k, 1 x 1 (Kim et al. 2016); ``auto``: for each layer the one
-            with the least error at the same cost. Linear layers become two in any case.
+            with the least error at the same cost (``snmf`` has ``ced`` only). Linear layers become two in any case.
         multiple: ranks are multiples of it (kernels work on 4 or 8 channels at a time); an integer ``rank`` is taken as it is.
         include: regular expressions (full match) of the layers to factorize; all if empty.
         exclude: regular expressions (full match) of layers to leave alone.
@@ -87,7 +87,7 @@ class LowRank:
 
     rank: int | float | str = "energy:0.95"
     solver: Literal["svd_data", "svd", "snmf", "random"] = "svd_data"
-    scheme: Literal["ced", "spatial", "tucker", "auto"] = "ced"
+    scheme: Literal["auto", "ced", "spatial", "tucker"] = "auto"
     multiple: Annotated[int, Field(ge=1)] = 4
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -106,7 +106,7 @@ class LowRank:
     @field_validator("scheme")
     @classmethod
     def _scheme(cls, value: str, info: ValidationInfo) -> str:
-        if value != "ced" and info.data.get("solver") == "snmf":
+        if value not in ("ced", "auto") and info.data.get("solver") == "snmf":
             raise ValueError("solver snmf splits convolutions by scheme ced only")
         return value
 

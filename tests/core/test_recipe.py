@@ -73,7 +73,7 @@ FAULTS = {
     "compress: static_wi8": (1, "found 'static_wi8'; did you mean 'static_wi8_ai8'?"),
     "compress: []": (1, "expected a list of blocks"),
     "compress:\n  - ptq: 3": (2, "found 3; expected a mapping"),
-    "compress:\n  - {ptq: {}, qat: {}}": (2, "expected one key of: lowrank, "),
+    "compress:\n  - {ptq: {}, qat: {}}": (2, "expected one key of: rewrite, "),
     "targets: [tflit]": (1, "found 'tflit'; did you mean 'tflite'?"),
     "targets:\n  - tflite\n  - tflite": (3, "'tflite' stands twice"),
     "targets:\n  - tflite: {io: int4}": (2, "targets.0.tflite.io: found 'int4'"),

@@ -94,7 +94,7 @@ def compressed(net: Subject, bits: int, seed: int = 0) -> FrozenProgram:
     return made.program
 
 
-KEY = ("model", "variant", "target", "weight_bits", "seed")
+KEY = ("model", "variant", "target", "weight_bits", "activation_bits", "seed")
 
 
 def write(name: str, rows: Sequence[Mapping[str, Any]], notes: Iterable[str] = (), keep: bool = False) -> None:

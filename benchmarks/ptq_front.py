@@ -63,7 +63,8 @@ def made(name: str, width: str, method: str, seed: int, steps: int, files: list[
     start, wall = time.process_time(), time.perf_counter()
     compressed = apply(net.model, [Block("ptq", ptq)], Data(net.calibration), name=name)
     known: dict[str, Any] = {
-        "model": name, "variant": method, "device": "host", "seed": seed, "steps": steps if settings.get("method") in LEARN else 0,
+        "model": name, "variant": method, "device": "host", "seed": seed,
+        "steps": steps if settings.get("method") in LEARN else 0,
         "weight_bits": int(width[1]), "activation_bits": int(width[3]), "calibration": len(net.calibration),
         "processor_s": round(time.process_time() - start, 1), "wall_s": round(time.perf_counter() - wall, 1),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
@@ -119,8 +120,8 @@ def main() -> None:
 
 
 NOTES = [
-    "First and last layer have 8-bit weights, the model's input and the last layer's input 8-bit activations; a convolution before "
-    "a residual addition gives int8 to the addition. All else has the bits of its row.",
+    "First and last layer have 8-bit weights, the model's input and the last layer's input 8-bit activations; a convolution "
+    "before a residual addition gives int8 to the addition. All else has the bits of its row.",
 ]
 
 

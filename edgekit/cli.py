@@ -156,6 +156,28 @@ def compare(
 
 
 @app.command()
+def analyze(
+    path: Annotated[Path, typer.Argument(help="A recipe.yaml or a run folder.", metavar="RECIPE|RUN", show_default=False)],
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Calibration samples that outputs are compared on.")] = 64,
+    worst: Annotated[int, typer.Option("--worst", min=0, help="Layers that remedies are tried for.")] = 3,
+    seed: Seed = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure which layer's quantization hurts the output, and what would help; a run folder's report gets a heat map."""
+    from edgekit import analyze as sensitivity
+
+    with console.progress_bars(quiet=json) as progress:
+        found = sensitivity.analyze(path, samples=samples, worst=worst, seed=seed, progress=progress)
+    if json:
+        console.print_json(found.to_json())
+        return
+    console.print_table(f"{found.samples} calibration samples", sensitivity.HEADS, sensitivity.rows(found))
+    for line in (*sensitivity.verdict(found), *found.notes):
+        print(line)
+
+
+@app.command()
 def report(run: Run, json: Json = False, verbose: Verbose = False) -> None:
     """Write one page (report.html) about a verified run."""
     from edgekit import pipeline

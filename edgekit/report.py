@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from edgekit import profile_table
+from edgekit import analyze, profile_table
 from edgekit.errors import FormatError
 from edgekit.files import content_sha256, sha256, write_whole
 from edgekit.frozen import FrozenProgram, load
@@ -72,6 +72,7 @@ def render(folder: Path) -> str:
         artifacts=parity.artifacts,
         layers=_layers(program, parity),
         totals=_totals(program),
+        analysis=_analysis(folder),
         profiles=[_profile(p, folder) for p in load_profiles(folder / "profile.json")],
         passes=_passes(record := _json(folder / "compress.json")),
         warnings=record.get("warnings", []) if isinstance(record, Mapping) else [],
@@ -235,6 +236,33 @@ def _totals(program: FrozenProgram) -> dict[str, int]:
         "parameters": sum(x.parameters for x in program.layers),
         "macs": sum(x.macs for x in program.layers),
         "bytes": sum(x.weight_bytes for x in program.layers),
+    }
+
+
+def _analysis(folder: Path) -> dict[str, Any] | None:
+    """The heat map of sensitivities: heads, and for each layer its cells as (text, heat 0 to 1 or None)."""
+    found = analyze.load(folder)
+    if found is None:
+        return None
+    columns = list(zip(*analyze.rows(found), strict=True))
+    warm = {i for i, head in enumerate(analyze.HEADS) if head.endswith("dB")}
+    scale = [v for i in warm for v in columns[i] if v is not None and v < 100]
+    cells = [
+        [
+            (
+                "–" if v is None else str(v),
+                analyze.heat(min(v, max(scale)), scale) if i in warm and v is not None and scale else None,
+            )
+            for i, v in enumerate(row)
+        ]
+        for row in analyze.rows(found)
+    ]
+    return {
+        "heads": analyze.HEADS,
+        "rows": cells,
+        "verdict": analyze.verdict(found),
+        "notes": found.notes,
+        "samples": found.samples,
     }
 
 

@@ -60,7 +60,7 @@ def process(*args: object, **environment: str) -> subprocess.CompletedProcess[st
 def test_every_verb_is_there_with_its_common_options() -> None:
     code, text = call("--help")
     verbs = {"init", "doctor", "targets", "describe", "compare", "compress", "export", "verify", "run", "report", "profile"}
-    verbs |= {"setup-sim"}
+    verbs |= {"setup-sim", "analyze"}
     assert code == 0 and {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback} == verbs
     assert all(verb in text for verb in verbs)
     for verb in verbs:
@@ -82,7 +82,7 @@ def test_the_verbs_one_after_the_other(recipe: Path) -> None:
 def test_an_export_with_options_is_remembered_by_the_run(recipe: Path) -> None:
     pytest.importorskip("litert_torch")
     out = recipe.parent / "options"
-    call("compare", "compress", recipe, "--out", out)
+    call("compress", recipe, "--out", out)
     assert call("export", out, "--target", "tflite", "--io", "float")[0] == 0
     assert "tflite:\n    io: float" in (out / "recipe.yaml").read_text()
     assert json.loads((out / "export_tflite.json").read_text())["inputs"][0]["dtype"] == "float32"

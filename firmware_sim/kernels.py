@@ -42,8 +42,8 @@ def _up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-def _packed_rows(k: int, bits: int) -> int:
-    return 0 if bits == 8 else 4 * _up(k, 4)
+def _packed_rows(kernel_set: str, k: int, bits: int) -> int:
+    return 0 if bits == 8 or kernel_set == "mve" else 4 * _up(k, 16)
 
 
 def conv2d_scratch(
@@ -53,12 +53,12 @@ def conv2d_scratch(
     k = kernel[0] * kernel[1] * in_c // groups
     column = 0 if pointwise else _up(k, 16)
     pairs = 8 * _up(k, 4) if kernel_set == "dsp" else 0
-    return column + pairs + _packed_rows(k, weight_bits)
+    return column + pairs + _packed_rows(kernel_set, k, weight_bits)
 
 
 def linear_scratch(kernel_set: str, in_n: int, weight_bits: int = 8) -> int:
     """Bytes of scratch that ``ek_linear_s8`` needs."""
-    return (2 * _up(in_n, 4) if kernel_set == "dsp" else 0) + _packed_rows(in_n, weight_bits)
+    return (2 * _up(in_n, 4) if kernel_set == "dsp" else 0) + _packed_rows(kernel_set, in_n, weight_bits)
 
 
 def depthwise_scratch(kernel_set: str, channels: int, kernel: tuple[int, int], weight_bits: int = 8) -> int:

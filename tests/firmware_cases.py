@@ -122,10 +122,10 @@ def biases(draw: Draw, rng: np.random.Generator, n: int) -> np.ndarray:
     return rng.integers(-1, 2, n) * rng.integers(0, draw(st.sampled_from((1, 1000, 1 << 20, 1 << 26))), n)
 
 
-def weighted(draw: Draw, rng: np.random.Generator, weight: np.ndarray, in_zp: int) -> tuple[np.ndarray, ...]:
-    """bias, folded bias, multiplier, shift for the rows of a weight."""
+def weighted(draw: Draw, rng: np.random.Generator, weight: np.ndarray, in_zp: int, bits: int) -> tuple[np.ndarray, ...]:
+    """bias, folded bias, multiplier, shift for the rows of a weight of ``bits`` bits."""
     rows = weight.reshape(weight.shape[0], -1).astype(np.int64)
-    bias = biases(draw, rng, rows.shape[0])
+    bias = np.clip(biases(draw, rng, rows.shape[0]), -(1 << (21 + bits)), 1 << (21 + bits))
     folded = bias - in_zp * rows.sum(1)
     return bias, folded.astype(np.int32), *requantizers(draw, rng, np.abs(folded) + 128 * np.abs(rows).sum(1))
 
@@ -162,7 +162,7 @@ def conv2d(draw: Draw, depthwise: bool = False, size: int = 9) -> Case:
     low, high = draw(clamps())
     x = values(draw, rng, (h, w, in_c))
     weight = values(draw, rng, (out_c, *kernel, in_c // groups), bits)
-    bias, folded, multiplier, shift = weighted(draw, rng, weight, in_zp)
+    bias, folded, multiplier, shift = weighted(draw, rng, weight, in_zp, bits)
     acc = reference.conv2d(x, weight, bias, stride, dilation, pad, out, groups, in_zp)
     stored = weight[..., 0].transpose(1, 2, 0) if depthwise else weight
     rows = reference.pack(stored.reshape(-1, in_c) if depthwise else stored.reshape(out_c, -1), bits)
@@ -186,7 +186,7 @@ def linear(draw: Draw, size: int = 70) -> Case:
     in_zp, out_zp = draw(zero_points), draw(zero_points)
     low, high = draw(clamps())
     x, weight = values(draw, rng, (rows, in_n)), values(draw, rng, (out_n, in_n), bits)
-    bias, folded, multiplier, shift = weighted(draw, rng, weight, in_zp)
+    bias, folded, multiplier, shift = weighted(draw, rng, weight, in_zp, bits)
     acc = (x.astype(np.int64) - in_zp) @ weight.astype(np.int64).T + bias
     integers = (rows, in_n, out_n, bits, out_zp, low, high)
     arrays = (x, reference.pack(weight, bits), folded, multiplier, shift)

@@ -45,15 +45,17 @@ def conv2d(
 
 
 def pack(weights: Array, bits: int) -> Array:
-    """Rows (rows, k) of small integers as bytes: low bits first, each row from a whole byte."""
+    """Rows (rows, k) of small integers as groups of four bytes, filled up with zeros: weight 4 * f + i is field f of byte i."""
     if bits == 8:
         return weights.astype(np.int8).view(np.uint8)
-    per = 8 // bits
     rows, k = weights.shape
-    padded = np.zeros((rows, -(-k // per) * per), np.int64)
-    padded[:, :k] = weights & ((1 << bits) - 1)
-    groups = padded.reshape(rows, -1, per)
-    return (groups << (np.arange(per) * bits)).sum(2).astype(np.uint8)
+    stored = np.zeros((rows, -(-k * bits // 32) * 4), np.uint8)
+    for j in range(k):
+        group, within = divmod(j, 32 // bits)
+        stored[:, 4 * group + within % 4] |= ((weights[:, j].astype(np.int64) & ((1 << bits) - 1)) << within // 4 * bits).astype(
+            np.uint8
+        )
+    return stored
 
 
 def average_pool(

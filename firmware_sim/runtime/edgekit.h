@@ -1,13 +1,15 @@
 /* edgekit's firmware runtime: int8 kernels, start-up, host link. C11, no allocation, no recursion, no library besides libgcc and memcpy.
  *
  * Activations are int8, NHWC, batch 1. A stored integer q stands for scale * (q - zero_point).
- * Weights are int8, or packed int4/int2 (two's complement, low bits first); a row of packed weights starts at a whole byte.
+ * Weights are int8, or packed int4/int2 in groups of 32 bits: byte i of a group holds the weights i, i + 4 (and i + 8, i + 12 of 2
+ * bits), low bits first, two's complement. Each row starts with a group of its own; what the last group has over is 0.
  * Parameter structs are `static const`, so they and what they point to stay in flash.
  *
  * Requantization is TFLite's ("gemmlowp double rounding"). real = acc * multiplier * 2^(shift - 31), multiplier in [0, 2^31), usually
  * from 2^30 on, shift in [-31, 8] (positive is left):
  *     a = acc << max(shift, 0);   h = (a * multiplier + 2^30) >> 31   (64 bit);   y = h / 2^max(-shift, 0), ties away from zero
- * Contract: |a| < 2^30. Whoever writes the parameters proves it: (|bias| + 128 * sum |w|) << max(shift, 0) < 2^30 for each channel.
+ * Contract: |a| < 2^30. Whoever writes the parameters proves it: (|bias| + 128 * sum |w|) << max(shift, 8 - weight_bits, 0) < 2^30 for
+ * each channel.
  *
  * Weighted layers whose shifts all lie in [-16, -1], with act_min -128 and act_max 127, requantize in fewer instructions. A channel that
  * needs less than -16 may take a smaller multiplier instead.
@@ -178,7 +180,7 @@ void ek_gather_s8(const ek_gather *p, const int8_t *x, int8_t *y);
 /* ---- Building blocks for kernels of your own */
 
 int32_t ek_requantize(int32_t acc, int32_t multiplier, int shift);
-void ek_unpack(const uint8_t *packed, int8_t *out, uint32_t n, int bits); /* bits 4 or 2; starts at a whole byte */
+void ek_unpack(const uint8_t *packed, int8_t *out, uint32_t n, int bits); /* bits 4 or 2; starts with a group */
 
 /* ---- Integrity */
 

@@ -91,7 +91,7 @@ typedef struct {
     const int32_t *bias;
     const int32_t *multiplier;
     const int8_t *shift;
-    int8_t *unpacked; /* room for 4 rows of packed weights; not used for int8 */
+    int8_t *unpacked; /* room for 4 rows of packed weights, aligned to 4; not used for int8 and by MVE */
     uint32_t k, out_n, row_bytes;
     int32_t zero, low, high;
     int bits;
@@ -101,10 +101,13 @@ typedef struct {
 /* Whether the short way is open: once a layer. */
 int ek_plain(const int8_t *shift, uint32_t n, int32_t low, int32_t high);
 
-EK_INLINE uint32_t ek_row_bytes(uint32_t k, int bits) { return (k * (uint32_t)bits + 7u) >> 3; }
+EK_INLINE uint32_t ek_row_bytes(uint32_t k, int bits) { return bits == 8 ? k : ((k * (uint32_t)bits + 31u) >> 5) << 2; }
 
-/* `count` (<= 4) rows from `o` as int8, *stride bytes apart. */
+/* Not for MVE: `count` (<= 4) rows from `o` as int8, *stride bytes apart. Packed weights come as w * 2^(8 - bits), the quickest to get by: sums
+ * start from bias * 2^(8 - bits) and are shifted back at the end. */
 const int8_t *ek_fetch(const ek_rows *r, uint32_t o, uint32_t count, uint32_t *stride);
+
+EK_INLINE int32_t ek_up(int32_t v, int bits) { return (int32_t)((uint32_t)v << bits); }
 
 /* One column of k bytes; DSP: k expanded to pairs by ek_expand(). */
 void ek_rows_one(const ek_rows *r, const int8_t *column, int8_t *y);

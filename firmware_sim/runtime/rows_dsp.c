@@ -27,12 +27,13 @@ EK_INLINE const int8_t *fetch(const ek_rows *r, uint32_t o, uint32_t count, uint
 EK_NOINLINE void ek_rows_four(const ek_rows *restrict r, const uint32_t *columns, int8_t *restrict y, uint32_t y_stride) {
     const uint32_t blocks = (r->k + 3) >> 2;
     const int32_t twice = 2 * r->zero + 1;
+    const int down = 8 - r->bits;
     for (uint32_t o = 0; o < r->out_n; o++, y++) {
         uint32_t stride;
         register const int8_t *w __asm("r0") = fetch(r, o, 1, &stride);
         register const uint32_t *q __asm("r1") = columns;
         register uint32_t n __asm("r2") = blocks;
-        register int32_t a0 __asm("r3") = r->bias[o];
+        register int32_t a0 __asm("r3") = ek_up(r->bias[o], down);
         register int32_t a1 __asm("r4") = a0;
         register int32_t a2 __asm("r5") = a0;
         register int32_t a3 __asm("r6") = a0;
@@ -40,6 +41,7 @@ EK_NOINLINE void ek_rows_four(const ek_rows *restrict r, const uint32_t *columns
                        : "+r"(w), "+r"(q), "+r"(n), "+r"(a0), "+r"(a1), "+r"(a2), "+r"(a3)
                        :
                        : "r8", "r9", "r10", "r11", "r12", "lr", "cc", "memory");
+        if (down) a0 >>= down, a1 >>= down, a2 >>= down, a3 >>= down;
         const int32_t multiplier = r->multiplier[o];
         const int shift = r->shift[o];
         int8_t *to = y;
@@ -61,6 +63,7 @@ EK_NOINLINE void ek_rows_one(const ek_rows *restrict r, const int8_t *column, in
     const uint32_t blocks = (r->k + 3) >> 2;
     const int32_t twice = 2 * r->zero + 1;
     const uint32_t whole = r->out_n & ~3u;
+    const int down = 8 - r->bits;
     uint32_t o = 0;
     for (; o < whole; o += 4) {
         uint32_t gap;
@@ -68,16 +71,17 @@ EK_NOINLINE void ek_rows_one(const ek_rows *restrict r, const int8_t *column, in
         const int32_t *bias = r->bias + o;
         register const int8_t *q __asm("r1") = column;
         register uint32_t n __asm("r2") = blocks;
-        register int32_t a0 __asm("r3") = bias[0];
-        register int32_t a1 __asm("r4") = bias[1];
-        register int32_t a2 __asm("r5") = bias[2];
-        register int32_t a3 __asm("r6") = bias[3];
+        register int32_t a0 __asm("r3") = ek_up(bias[0], down);
+        register int32_t a1 __asm("r4") = ek_up(bias[1], down);
+        register int32_t a2 __asm("r5") = ek_up(bias[2], down);
+        register int32_t a3 __asm("r6") = ek_up(bias[3], down);
         register uint32_t stride __asm("r8") = gap;
         register uint32_t stride3 __asm("r9") = gap * 3;
         __asm volatile(REPEAT(COLUMN)
                        : "+r"(w), "+r"(q), "+r"(n), "+r"(a0), "+r"(a1), "+r"(a2), "+r"(a3)
                        : "r"(stride), "r"(stride3)
                        : "r10", "r11", "r12", "lr", "cc", "memory");
+        if (down) a0 >>= down, a1 >>= down, a2 >>= down, a3 >>= down;
         const int32_t *multiplier = r->multiplier + o;
         const int8_t *shift = r->shift + o;
         if (r->plain) {
@@ -94,12 +98,12 @@ EK_NOINLINE void ek_rows_one(const ek_rows *restrict r, const int8_t *column, in
         uint32_t stride;
         const int8_t *w = fetch(r, o, 1, &stride);
         const uint32_t *q = (const uint32_t *)(const void *)column;
-        int32_t a = r->bias[o];
+        int32_t a = ek_up(r->bias[o], down);
         for (uint32_t i = 0; i < blocks; i++, w += 4, q += 2) {
             const uint32_t v = *(const ek_word *)w;
             a = ek_smlad(ek_odd(v), q[1], ek_smlad(ek_even(v), q[0], a));
         }
-        y[o] = ek_finish(a, r->multiplier[o], r->shift[o], r);
+        y[o] = ek_finish(a >> down, r->multiplier[o], r->shift[o], r);
     }
 }
 #endif

@@ -32,23 +32,78 @@ EK_INLINE int32x4_t dot4(const int8_t *x, const int8_t *const rows[4], uint32_t 
     return sums;
 }
 
-/* Fields of a byte, sign-extended, are put side by side: a field shifted up by 8 is inserted above the one before. */
-EK_NOINLINE void ek_unpack(const uint8_t *packed, int8_t *out, uint32_t n, int bits) {
-    const int8_t *in = (const int8_t *)packed;
-    for (int32_t left = (int32_t)n; left > 0; left -= 16, out += 16) {
-        int8x16_t q;
-        if (bits == 4) {
-            const int16x8_t v = vldrbq_z_s16(in, vctp16q((uint32_t)(left + 1) >> 1));
-            q = vreinterpretq_s8_s16(vsliq_n_s16(vshrq_n_s16(vshlq_n_s16(v, 12), 12), vshrq_n_s16(v, 4), 8));
-            in += 8;
+/* Packed weights are multiplied in the upper bits of their bytes, as w * 2^(8 - bits). Sixteen bytes of groups meet the values in words:
+ * field f of group g belongs to word f + g * fields, which is how VLD2 and VLD4 deal them out. `n` groups are left. */
+#define FIELD(a, f, v) a = vmladavaq_s8(a, v, vreinterpretq_s8_s32(in.val[f]))
+
+#define ROW4(a, w)                                                                                                           \
+    do {                                                                                                                      \
+        const int32_t *at = (const int32_t *)(const void *)(w);                                                               \
+        const int8x16_t v = vreinterpretq_s8_s32(n >= 4 ? vldrwq_s32(at) : vldrwq_z_s32(at, vctp32q(n)));                     \
+        FIELD(a, 0, vshlq_n_s8(v, 4));                                                                                        \
+        FIELD(a, 1, vandq_s8(v, mask));                                                                                       \
+        w += 16;                                                                                                              \
+    } while (0)
+
+#define ROW2(a, w)                                                                                                           \
+    do {                                                                                                                      \
+        const int32_t *at = (const int32_t *)(const void *)(w);                                                               \
+        const int8x16_t v = vreinterpretq_s8_s32(n >= 4 ? vldrwq_s32(at) : vldrwq_z_s32(at, vctp32q(n)));                     \
+        FIELD(a, 0, vshlq_n_s8(v, 6));                                                                                        \
+        FIELD(a, 1, vandq_s8(vshlq_n_s8(v, 4), mask));                                                                        \
+        FIELD(a, 2, vandq_s8(vshlq_n_s8(v, 2), mask));                                                                        \
+        FIELD(a, 3, vandq_s8(v, mask));                                                                                       \
+        w += 16;                                                                                                              \
+    } while (0)
+
+typedef struct {
+    int32_t s0, s1, s2, s3;
+    const int8_t *w0, *w1, *w2, *w3;
+} four;
+
+EK_INLINE void block4(four *f, const int8_t *x, uint32_t n) {
+    const int32x4x2_t in = vld2q_s32((const int32_t *)(const void *)x);
+    const int8x16_t mask = vdupq_n_s8((int8_t)0xf0);
+    ROW4(f->s0, f->w0);
+    ROW4(f->s1, f->w1);
+    ROW4(f->s2, f->w2);
+    ROW4(f->s3, f->w3);
+}
+
+EK_INLINE void block2(four *f, const int8_t *x, uint32_t n) {
+    const int32x4x4_t in = vld4q_s32((const int32_t *)(const void *)x);
+    const int8x16_t mask = vdupq_n_s8((int8_t)0xc0);
+    ROW2(f->s0, f->w0);
+    ROW2(f->s1, f->w1);
+    ROW2(f->s2, f->w2);
+    ROW2(f->s3, f->w3);
+}
+
+/* All rows of packed weights. What x has behind its last whole block is copied and filled up with zeros. */
+EK_NOINLINE static void packed_rows(const ek_rows *restrict r, const int8_t *x, int8_t *restrict y) {
+    const uint32_t stride = r->row_bytes, each = r->bits == 4 ? 32 : 64, whole = r->k / each, rest = r->k & (each - 1);
+    const uint32_t groups = r->bits == 4 ? (rest + 7u) >> 3 : (rest + 15u) >> 4;
+    int8_t tail[64];
+    ek_fill(tail, 0, sizeof tail);
+    ek_copy(tail, x + whole * each, rest);
+    for (uint32_t o = 0; o < r->out_n; o += 4) {
+        const uint32_t left = r->out_n - o;
+        const int8_t *w0 = r->weights + o * stride, *in = x;
+        /* rows that are not there: the last one again, its result is not stored */
+        const int8_t *w1 = left > 1 ? w0 + stride : w0, *w2 = left > 2 ? w1 + stride : w1, *w3 = left > 3 ? w2 + stride : w2;
+        four f = {0, 0, 0, 0, w0, w1, w2, w3};
+        if (r->bits == 4) {
+            for (uint32_t n = whole; n; n--, in += 32) block4(&f, in, 4);
+            if (groups) block4(&f, tail, groups);
         } else {
-            const int32x4_t v = vldrbq_z_s32(in, vctp32q((uint32_t)(left + 3) >> 2));
-            int32x4_t w = vsliq_n_s32(vshrq_n_s32(vshlq_n_s32(v, 30), 30), vshrq_n_s32(vshlq_n_s32(v, 28), 30), 8);
-            w = vsliq_n_s32(vsliq_n_s32(w, vshrq_n_s32(vshlq_n_s32(v, 26), 30), 16), vshrq_n_s32(v, 6), 24);
-            q = vreinterpretq_s8_s32(w);
-            in += 4;
+            for (uint32_t n = whole; n; n--, in += 64) block2(&f, in, 4);
+            if (groups) block2(&f, tail, groups);
         }
-        vst1q_p_s8(out, q, vctp8q((uint32_t)left));
+        const mve_pred16_t lanes = vctp32q(left);
+        const int32_t found[4] = {f.s0, f.s1, f.s2, f.s3};
+        const int32x4_t sums = vaddq_s32(vshlq_r_s32(vldrwq_s32(found), r->bits - 8), vldrwq_z_s32(r->bias + o, lanes));
+        const int32x4_t q = ek_scale4(sums, vldrwq_z_s32(r->multiplier + o, lanes), vldrbq_z_s32(r->shift + o, lanes));
+        vstrbq_p_s32(y + o, ek_clamp4(q, r->zero, r->low, r->high), lanes);
     }
 }
 
@@ -99,15 +154,18 @@ static void plain_groups(const ek_rows *r, const int8_t *x, int8_t *y, uint32_t 
 }
 
 EK_NOINLINE void ek_rows_one(const ek_rows *restrict r, const int8_t *x, int8_t *restrict y) {
-    uint32_t o = 0, stride;
-    if (r->bits == 8 && r->plain && r->out_n >= 4) {
+    uint32_t o = 0;
+    if (r->bits != 8) {
+        packed_rows(r, x, y);
+        return;
+    }
+    if (r->plain && r->out_n >= 4) {
         plain_groups(r, x, y, r->out_n >> 2);
         o = r->out_n & ~3u;
     }
     for (; o < r->out_n; o += 4) {
-        const uint32_t left = r->out_n - o;
-        const int8_t *w0 = ek_fetch(r, o, left < 4 ? left : 4, &stride);
-        /* rows that are not there: the last one again, its result is not stored */
+        const uint32_t left = r->out_n - o, stride = r->row_bytes;
+        const int8_t *w0 = r->weights + o * stride;
         const int8_t *w1 = left > 1 ? w0 + stride : w0, *w2 = left > 2 ? w1 + stride : w1, *w3 = left > 3 ? w2 + stride : w2;
         const int8_t *const rows[4] = {w0, w1, w2, w3};
         const mve_pred16_t lanes = vctp32q(left);

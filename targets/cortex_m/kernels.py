@@ -85,13 +85,16 @@ def calls(step: Step) -> Sequence[Call]:
 
 
 def packed(weight: NDArray[Any], bits: int) -> NDArray[Any]:
-    """Weights as the kernels read them: rows (all axes but the first), low bits first, each row from a whole byte."""
+    """Weights as the kernels read them: rows (all axes but the first) of int8, or of groups of 32 bits.
+
+    Byte i of a group holds the weights i and i + 4 (and i + 8, i + 12 of 2 bits), low bits first; rows are filled up with zeros.
+    """
     if bits == 8:
         return weight.astype(np.int8).reshape(-1)
     rows = weight.reshape(weight.shape[0], -1).astype(np.int64) & ((1 << bits) - 1)
-    each = 8 // bits
-    rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % each))).reshape(len(rows), -1, each)
-    result: NDArray[np.uint8] = (rows << (np.arange(each) * bits)).sum(-1).astype(np.uint8).reshape(-1)
+    fields = 8 // bits
+    rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % (4 * fields)))).reshape(-1, fields, 4)
+    result: NDArray[np.uint8] = (rows << (np.arange(fields) * bits)[:, None]).sum(1).astype(np.uint8).reshape(-1)
     return result
 
 

@@ -55,9 +55,9 @@ def _array(step: Step, constant: Constant, found: bytes) -> Mismatch:
 
 
 def unpacked(stored: NDArray[Any], bits: int) -> NDArray[np.int8]:
-    """Signed values of 4 or 2 bits from bytes, low bits first."""
-    each = 8 // bits
-    values = (stored.reshape(-1, 1).astype(np.int64) >> (np.arange(each) * bits)) & ((1 << bits) - 1)
+    """Signed values of 4 or 2 bits from groups of four bytes (:func:`~edgekit.targets.cortex_m.kernels.packed`)."""
+    places = (np.arange(8 // bits) * bits)[:, None]
+    values = (stored.reshape(-1, 1, 4).astype(np.int64) >> places) & ((1 << bits) - 1)
     result: NDArray[np.int8] = np.where(values >= 1 << (bits - 1), values - (1 << bits), values).astype(np.int8).reshape(-1)
     return result
 

@@ -95,7 +95,8 @@ def _weighted(build: Builder, layer: Layer) -> tuple[dict[str, Any], dict[str, N
     weight = found["weight"].astype(np.int64).reshape(len(scales), -1)
     folded = found["bias"].astype(np.int64) - in_zp * weight.sum(1)
     largest = np.abs(folded) + 128 * np.abs(weight).sum(1)
-    if (largest << np.maximum(fixed[:, 1], 0)).max(initial=0) >= _ACCUMULATOR:
+    unused = 8 - int(layer.args["weight_bits"])  # kernels sum packed weights in the upper bits of a byte
+    if (largest << np.maximum(fixed[:, 1], unused)).max(initial=0) >= _ACCUMULATOR:
         raise build.refuse(layer, "may have sums that pass 30 bits", "give it fewer input channels or a larger output range")
     found |= {"bias": folded.astype(np.int32)}
     found |= {"multiplier": fixed[:, 0].astype(np.int32), "shift": fixed[:, 1].astype(np.int8)}

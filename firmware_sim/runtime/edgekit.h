@@ -11,8 +11,7 @@
  * Contract: |a| < 2^30. Whoever writes the parameters proves it: (|bias| + 128 * sum |w|) << max(shift, 8 - weight_bits, 0) < 2^30 for
  * each channel.
  *
- * Weighted layers whose shifts all lie in [-16, -1], with act_min -128 and act_max 127, requantize in fewer instructions. A channel that
- * needs less than -16 may take a smaller multiplier instead.
+ * Weighted layers whose shifts all lie in [-16, -1] (MVE: [-31, -1]), with act_min -128 and act_max 127, requantize in fewer instructions.
  *
  * `bias` of weighted layers is FOLDED: bias[o] - in_zp * sum(w[o]); so kernels multiply plain x by w, and padding is x = in_zp.
  *

@@ -95,7 +95,7 @@ typedef struct {
     uint32_t k, out_n, row_bytes;
     int32_t zero, low, high;
     int bits;
-    int plain; /* all shifts are to the right, by 1 to 16, and the clamp is int8's own: the short way through requantization */
+    int plain; /* all shifts are to the right, by 1 to 16 (MVE: 31), and the clamp is int8's own: the short way through requantization */
 } ek_rows;
 
 /* Whether the short way is open: once a layer. */

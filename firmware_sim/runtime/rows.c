@@ -50,11 +50,13 @@ int ek_plain(const int8_t *shift, uint32_t n, int32_t low, int32_t high) {
     (void)shift, (void)n, (void)low, (void)high;
     return 0;
 #else
+    /* -16 to -1 are 0xf0 to 0xff, -32 to -1 are 0xe0 to 0xff */
+    const uint32_t top = EK_SET == EK_MVE ? 0xe0e0e0e0u : 0xf0f0f0f0u;
     if (low != -128 || high != 127) return 0;
-    for (; n >= 4; n -= 4, shift += 4) /* -16 to -1 are 0xf0 to 0xff */
-        if ((*(const ek_word *)shift & 0xf0f0f0f0u) != 0xf0f0f0f0u) return 0;
+    for (; n >= 4; n -= 4, shift += 4)
+        if ((*(const ek_word *)shift & top) != top) return 0;
     for (; n; n--, shift++)
-        if (*shift >= 0 || *shift < -16) return 0;
+        if (((uint8_t)*shift & top & 0xffu) != (top & 0xffu)) return 0;
     return 1;
 #endif
 }

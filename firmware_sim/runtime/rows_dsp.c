@@ -24,10 +24,10 @@ EK_INLINE const int8_t *fetch(const ek_rows *r, uint32_t o, uint32_t count, uint
     return r->bits == 8 ? r->weights + o * r->row_bytes : ek_fetch(r, o, count, stride);
 }
 
-EK_NOINLINE void ek_rows_four(const ek_rows *restrict r, const uint32_t *columns, int8_t *restrict y, uint32_t y_stride) {
+EK_INLINE void rows_four(const ek_rows *restrict r, const uint32_t *columns, int8_t *restrict y, uint32_t y_stride, int packed) {
     const uint32_t blocks = (r->k + 3) >> 2;
     const int32_t twice = 2 * r->zero + 1;
-    const int down = 8 - r->bits;
+    const int down = packed ? 8 - r->bits : 0;
     for (uint32_t o = 0; o < r->out_n; o++, y++) {
         uint32_t stride;
         register const int8_t *w __asm("r0") = fetch(r, o, 1, &stride);
@@ -56,6 +56,13 @@ EK_NOINLINE void ek_rows_four(const ek_rows *restrict r, const uint32_t *columns
             for (int i = 0; i < 4; i++, to += y_stride) *to = ek_finish(acc[i], multiplier, shift, r);
         }
     }
+}
+
+EK_NOINLINE void ek_rows_four(const ek_rows *restrict r, const uint32_t *columns, int8_t *restrict y, uint32_t y_stride) {
+    if (r->bits == 8)
+        rows_four(r, columns, y, y_stride, 0);
+    else
+        rows_four(r, columns, y, y_stride, 1);
 }
 
 #define SHORT(i, acc) y[o + i] = ek_short(acc, multiplier[i], ek_short_round(twice, shift[i]), -shift[i])

@@ -61,8 +61,10 @@ def test_two_roundings_are_within_one_of_the_real_product(x: int, real: float) -
 def test_packed_rows_are_what_was_packed(bits: int, rows: int, width: int, seed: int) -> None:
     weight = np.random.default_rng(seed).integers(-(1 << (bits - 1)), 1 << (bits - 1), (rows, width)).astype(np.int8)
     stored = packed(weight, bits)
-    each = -(-width * bits // 8)
+    each = 4 * -(-width * bits // 32)  # whole groups of 32 bits
     assert stored.shape == (rows * each,)
+    first = stored.reshape(rows, -1)[:, 0].astype(np.int64)  # byte 0: weights 0, 4, ...
+    assert np.array_equal(first & ((1 << bits) - 1), weight[:, 0].astype(np.int64) & ((1 << bits) - 1))
     assert np.array_equal(unpacked(stored, bits).reshape(rows, -1)[:, :width], weight)
 
 

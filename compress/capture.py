@@ -193,6 +193,9 @@ def _weight_path(node: fx.Node) -> str:
     weight = node.args[1] if len(node.args) > 1 else None
     if isinstance(weight, fx.Node) and weight.op == "get_attr" and str(weight.target).endswith("weight"):
         return str(weight.target).removesuffix("weight").strip("._") or "weight"
+    for group in node.args:  # a recurrent layer has a list of them
+        if isinstance(group, list | tuple) and group and all(isinstance(g, fx.Node) and g.op == "get_attr" for g in group):
+            return str(group[0].target).rpartition(".")[0]  # type: ignore[union-attr]
     return ""
 
 

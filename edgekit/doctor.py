@@ -70,7 +70,12 @@ def show(found: dict[str, Any]) -> None:
         rows = [
             [r["target"], "takes it" if r["takes"] else "cannot take it", "\n".join(r["why"])] for r in found["model"]["targets"]
         ]
-        console.print_table(f"model: {found['model']['parameters']:,} parameters", ["target", "", "why"], rows)
+        about = found["model"]
+        share = 100 * about["float_macs"] / (about["macs"] or 1)
+        title = (
+            f"model: {about['parameters']:,} parameters, {about['macs']:,} multiply-accumulates, {share:.3g} % of them in float"
+        )
+        console.print_table(title, ["target", "", "why"], rows)
         if found["model"]["float"]:
             console.print_table("would stay in float", ["layer", "operator", "reason"], found["model"]["float"])
 
@@ -103,7 +108,9 @@ def _model(spec: str, data: str | None, shape: str | None) -> dict[str, Any]:
         except EdgekitError as error:
             found += [] if found else [str(error)]
     return {
-        "parameters": sum(layer.parameters for layer in program.layers),
+        "parameters": program.parameters,
+        "macs": program.macs,
+        "float_macs": sum(x.macs for x in program.float_layers),
         "float": [[u.layer, u.op, u.reason] for u in program.unquantized],
         "targets": [{"target": name, "takes": not found, "why": found} for name, found in problems.items()],
     }

@@ -16,7 +16,7 @@ from typing import Any
 from edgekit import analyze, profile_table
 from edgekit.errors import FormatError
 from edgekit.files import content_sha256, sha256, write_whole
-from edgekit.frozen import FrozenProgram, load
+from edgekit.frozen import FloatLayer, FrozenProgram, load
 from edgekit.metrics import HUGE
 from edgekit.parity import ArtifactParity, Parity, Stage
 from edgekit.profile import Profile
@@ -105,7 +105,7 @@ def _tiles(parity: Parity, program: FrozenProgram) -> list[dict[str, str]]:
     shares = [1.0 - _coverage(a)["shares"]["float"] for a in parity.artifacts]
     if shares:
         value = _range([_fixed(100 * v, 1) for v in (min(shares), max(shares))]) + " %"
-        note = f"of {_count(sum(x.macs for x in program.layers))} MACs"
+        note = f"of {_count(program.macs)} MACs"
         tiles.append({"label": "MACs in integers", "value": value, "note": note, "how": "modelled"})
     return tiles
 
@@ -193,20 +193,21 @@ def _coverage(artifact: ArtifactParity) -> dict[str, Any]:
 
 
 def _layers(program: FrozenProgram, parity: Parity) -> list[dict[str, Any]]:
-    """One row a frozen layer: what it is, and what became of it in each file."""
+    """One row a layer, float ones with weights or products included: what it is, and what became of it in each file."""
     parities = [{x.layer: x for x in a.layers} for a in parity.artifacts]
     stored = [{r["layer"]: r for r in a.artifact.get("coverage", [])} for a in parity.artifacts]
     broken = [{m.split(":", 1)[0].removeprefix("layer ") for m in a.mismatches} for a in parity.artifacts]
     largest = max((x.share for p in parities for x in p.values()), default=0.0) or 1.0
     rows = []
-    for layer in program.layers:
+    for layer in program.counted:
+        in_float = isinstance(layer, FloatLayer)
         cells = []
         for a, checked, files_, wrong in zip(parity.artifacts, parities, stored, broken, strict=True):
             found, kept = checked.get(layer.name), files_.get(layer.name, {})
             cells.append(
                 {
                     "target": a.name,
-                    "lsb": _lsb(found.max_lsb) if found else "" if layer.op == "dequantize" else "·",
+                    "lsb": _lsb(found.max_lsb) if found else "" if in_float or layer.op == "dequantize" else "·",
                     "share": 0.0 if found is None else found.share,
                     "bar": 0.0 if found is None else found.share / largest,
                     "ok": (found is None or found.within) and layer.name not in wrong,
@@ -219,9 +220,9 @@ def _layers(program: FrozenProgram, parity: Parity) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": layer.name,
-                "op": layer.op,
+                "op": f"{layer.op} (float)" if in_float else layer.op,
                 "shape": "×".join(map(str, layer.shape)),
-                "bits": layer.weight_bits,
+                "bits": None if isinstance(layer, FloatLayer) else layer.weight_bits,
                 "parameters": layer.parameters,
                 "macs": layer.macs,
                 "bytes": layer.weight_bytes,
@@ -232,11 +233,7 @@ def _layers(program: FrozenProgram, parity: Parity) -> list[dict[str, Any]]:
 
 
 def _totals(program: FrozenProgram) -> dict[str, int]:
-    return {
-        "parameters": sum(x.parameters for x in program.layers),
-        "macs": sum(x.macs for x in program.layers),
-        "bytes": sum(x.weight_bytes for x in program.layers),
-    }
+    return {"parameters": program.parameters, "macs": program.macs, "bytes": program.weight_bytes}
 
 
 def _analysis(folder: Path) -> dict[str, Any] | None:

@@ -59,7 +59,7 @@ def stage_row(
         exact_frozen=plain.share == 0.0,
         bytes=size,
         bytes_measured=size is not None,
-        macs=sum(layer.macs for layer in program.layers) if name not in ("float", "compressed") else None,
+        macs=program.macs if name not in ("float", "compressed") else None,
     )
 
 

@@ -33,6 +33,7 @@ from edgekit.data import Data, batches, first_sample
 from edgekit.errors import DataError, EdgekitError, FormatError, ModelError, cause
 from edgekit.files import write_whole
 from edgekit.frozen import FrozenProgram
+from edgekit.frozen.float_layers import count_macs
 from edgekit.metrics import Metric, metric_name, score
 
 __all__ = [
@@ -337,13 +338,9 @@ def _sample_bytes(evaluation: Evaluation) -> int:
 
 def _count_macs(model: nn.Module, sample: Sequence[Tensor]) -> int | None:
     """Multiply-accumulates of convolutions and matrix products for one sample; None where the counter knows an operator not."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     training = model.training
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model.eval()(*sample)
-        return int(counter.get_total_flops()) // 2
+        return count_macs(model.eval(), *sample)
     except Exception:  # a count is a nicety; no model may fail for it
         return None
     finally:

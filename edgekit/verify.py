@@ -199,7 +199,7 @@ def _output_breaches(
 def _with_size(stage: Stage, stored: StageOutputs | None, program: FrozenProgram) -> Stage:
     if stored is not None:
         return replace(stage, bytes=stored.bytes, macs=stored.macs)
-    return replace(stage, bytes=sum(layer.weight_bytes for layer in program.layers))
+    return replace(stage, bytes=program.weight_bytes)
 
 
 def _jobs(folder: Path, targets: Sequence[str] | None, on: Sequence[tuple[Any, str]]) -> list[tuple[str, str | OnDevice]]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from edgekit.artifact import Artifact, Coverage, Mismatch, TensorSpec
 from edgekit.errors import FormatError
 from edgekit.frozen import FrozenProgram, Layer
+from edgekit.targets.float_rows import float_rows
 from edgekit.targets.onnx_rules import bias_scale, bounds, unsigned
 
 __all__ = ["artifact", "mismatches", "read"]
@@ -199,9 +200,10 @@ def artifact(path: Path, model: Any, optimized: Any, program: FrozenProgram) -> 
     coverage = _coverage(_View(graph), _View(optimized.graph), program)
     opset = next(o.version for o in model.opset_import if o.domain == "")
     notes = [f"opset {opset}; on x86 without VNNI set session.x64quantprecision=1"]
-    islands = [c.layer for c in coverage if c.runs == "float"]
+    islands = [c.layer for c in coverage[: len(program.layers)] if c.runs == "float"]
     if islands:
-        notes.append(f"{len(islands)} operators run in float: {', '.join(islands[:8])}{', ...' if len(islands) > 8 else ''}")
+        shown = ", ".join(islands[:8]) + (", ..." if len(islands) > 8 else "")
+        notes.append(f"{len(islands)} integer layers run in float between integers: {shown}")
     return Artifact(
         path=Path(path),
         target="onnx",
@@ -227,20 +229,22 @@ def _spec(value: Any) -> TensorSpec:
 
 
 def _coverage(file: _View, running: _View, program: FrozenProgram) -> list[Coverage]:
-    """Each layer by the operator that computes its tensor, then the float operators that belong to no layer."""
+    """Each layer by the operator that computes its tensor, then the program's float operators, then what runs for them."""
     found: list[Coverage] = []
     claimed: set[int] = set()
     for layer in program.layers:
         op, runs = _operator(running, layer, claimed)
         note = f"onnxruntime has no integer kernel for {op} here" if runs == "float" else ""
         found.append(Coverage(layer.name, op, runs, layer.macs, _storage(file, layer), note))
+    found += float_rows(program)
+    kinds: dict[str, int] = {}
     for node in running.graph.node:
         if id(node) in claimed or node.op_type in ("QuantizeLinear", "DequantizeLinear", *_TRANSPARENT):
             continue
         integer = node.op_type.startswith("QLinear") or node.op_type in ("QGemm", "MatMulInteger", *_INTEGER_OPS)
         if not integer:
-            found.append(Coverage(node.name or node.output[0], node.op_type, "float", note="left in float by the program"))
-    return found
+            kinds[node.op_type] = kinds.get(node.op_type, 0) + 1
+    return found + [Coverage(kind, kind, "float", note=f"{count} times, float32") for kind, count in kinds.items()]
 
 
 def _operator(running: _View, layer: Layer, claimed: set[int]) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from edgekit.artifact import Coverage, Mismatch
 from edgekit.frozen import FrozenProgram, Layer
+from edgekit.targets.float_rows import float_rows
 from edgekit.targets.pte_file import FileOp, FileTensor, PteFile
 from edgekit.targets.pte_layers import FloatWeight, Placed, Placement, constant_of, stored_weight
 
@@ -36,9 +37,9 @@ def compare(file: PteFile, program: FrozenProgram, placement: Placement) -> list
 
 
 def coverage(file: PteFile, program: FrozenProgram, placement: Placement) -> tuple[Coverage, ...]:
-    """One row for each layer, then one for each kind of operator that no layer accounts for (the program's float operators)."""
+    """One row for each layer, then the program's float operators, then one for each other kind of operator."""
     producers = _producers(file)
-    rows = [_row(file, placed, producers) for placed in placement.values()]
+    rows = [_row(file, placed, producers) for placed in placement.values()] + float_rows(program)
     used = {id(op) for placed in placement.values() for op in placed.ops}
     others: dict[tuple[str, bool], list[FileOp]] = {}
     for op in file.ops:
@@ -46,10 +47,7 @@ def coverage(file: PteFile, program: FrozenProgram, placement: Placement) -> tup
             others.setdefault((op.kind, op.delegate >= 0), []).append(op)
     for (kind, delegated), ops in others.items():
         where = "float32, in the XNNPACK delegate" if delegated else "kernel outside of a delegate"
-        macs = sum(_product_macs(file, op, producers) for op in ops)
-        rows.append(
-            Coverage(kind, kind, "float" if macs or not delegated else "delegated", macs, note=f"{len(ops)} times, {where}")
-        )
+        rows.append(Coverage(kind, kind, "float", note=f"{len(ops)} times, {where}"))
     return tuple(rows)
 
 
@@ -219,11 +217,3 @@ def _row(file: PteFile, placed: Placed, producers: Mapping[int, FileOp]) -> Cove
     if not placed.found:
         return Coverage(layer.name, "missing", "float", layer.macs, note="not found in the file")
     return Coverage(layer.name, kinds, runs, layer.macs, storage, "; ".join(notes))
-
-
-def _product_macs(file: PteFile, op: FileOp, producers: Mapping[int, FileOp]) -> int:
-    """Multiply-accumulates of a matrix product that is no layer of the program (attention, a LayerNorm's mean)."""
-    if op.kind not in ("XNNBatchMatrixMultiply", "XNNFullyConnected", "aten::bmm", "aten::mm", "aten::addmm"):
-        return 0
-    reads = [n for n in op.inputs if constant_of(file, n, producers) is None] or list(op.inputs)
-    return int(np.prod(file.tensors[op.outputs[0]].shape)) * file.tensors[reads[0]].shape[-1]

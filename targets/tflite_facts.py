@@ -58,11 +58,12 @@ def compare(file: TfliteFile, program: FrozenProgram) -> list[Mismatch]:
 def _made_integer(file: TfliteFile, program: FrozenProgram, ops: Mapping[str, list[Op]]) -> Iterator[Mismatch]:
     """Operators that the program has in float and the file computes in int8; moving integers instead of floats is the same."""
     quantizers = {layer.name for layer in program.layers if layer.op == "quantize"}
+    names = {f"~{x.node}": x.name for x in program.float_layers}
     for owner, mine in ops.items():
         for op in mine if owner.startswith("~") or owner in quantizers else ():
             types = {t.dtype for t in file.activations(op)}
             if op.kind not in ("QUANTIZE", "DEQUANTIZE", *_MOVING) and "INT8" in types:
-                yield Mismatch(owner.removeprefix("~"), "type", f"INT8 in {op.kind}", "FLOAT32")
+                yield Mismatch(names.get(owner, owner), "type", f"INT8 in {op.kind}", "FLOAT32")
 
 
 def _activation(file: TfliteFile, layer: Layer) -> Iterator[Mismatch]:
@@ -161,10 +162,15 @@ def coverage(file: TfliteFile, program: FrozenProgram, delegated: frozenset[int]
     rows = [
         _layer_row(file, layer, ops.pop(layer.name, []), delegated, layer.node in given | results) for layer in program.layers
     ]
+    for x in program.float_layers:
+        mine = ops.pop(f"~{x.node}", [])
+        if mine or x.macs or x.parameters:
+            kinds, storage = "+".join(dict.fromkeys(op.kind for op in mine)), "float32" if x.parameters else ""
+            runs = _runs(file, mine, delegated) if mine and not x.macs else "float"
+            rows.append(Coverage(x.name, kinds, runs, x.macs, storage, "" if mine else "merged into its neighbour"))
     for owner, rest in ops.items():
         for op in rest:
-            name = owner.removeprefix("~") or f"{op.kind}#{op.index}"
-            rows.append(Coverage(name, op.kind, _runs(file, [op], delegated), macs=_macs(file, op)))
+            rows.append(Coverage(owner.removeprefix("~") or f"{op.kind}#{op.index}", op.kind, _runs(file, [op], delegated)))
     return tuple(rows)
 
 
@@ -202,16 +208,6 @@ def _runs(file: TfliteFile, ops: list[Op], delegated: frozenset[int]) -> str:
     if any(op.kind not in crossing and any(t.dtype == "FLOAT32" for t in file.activations(op)) for op in ops):
         return "float"
     return "delegated" if all(op.index in delegated for op in ops) else "int8"
-
-
-def _macs(file: TfliteFile, op: Op) -> int:
-    """Multiply-accumulates of an operator outside the frozen layers."""
-    if op.kind not in (*WEIGHTED, "BATCH_MATMUL"):
-        return 0
-    out, weight = file.tensors[op.outputs[0]].shape, file.tensors[op.inputs[1]].shape
-    if op.kind == "BATCH_MATMUL":
-        return int(np.prod(out)) * file.tensors[op.inputs[0]].shape[-1 - bool(op.options.adjX)]
-    return int(np.prod(out)) * int(np.prod(weight[1:3] if op.kind == "DEPTHWISE_CONV_2D" else weight[1:]))
 
 
 def notes(file: TfliteFile, program: FrozenProgram) -> tuple[str, ...]:

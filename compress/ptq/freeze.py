@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from edgekit.compress.ptq.observers import ActQ
 from edgekit.compress.ptq.plan import Plan
 from edgekit.compress.ptq.units import Unit
 from edgekit.errors import ModelError
-from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module
+from edgekit.frozen import FloatOp, FrozenOp, FrozenProgram, freeze_module
 from edgekit.frozen.ops import lut_table
 
 __all__ = ["bias_integers", "freeze"]
@@ -69,8 +70,17 @@ class _Builder:
                 result = fx.map_arg(node.args[0], self._real)
                 self.out.output(result)
             else:
-                self.real[node] = self.out.node_copy(node, self._real)
+                self.real[node] = self._float(node)
         return fx.GraphModule(self.root, self.out)
+
+    def _float(self, node: fx.Node) -> fx.Node:
+        """A node that stays as it is, in a module of its layer's name."""
+        if node.op != "call_function" or node.target is operator.getitem or node.name not in self.graph.names:
+            return self.out.node_copy(node, self._real)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._real)
+        name = self._free(self.graph.names[node.name])
+        self._place(name, FloatOp(node.target))  # type: ignore[arg-type]
+        return self.out.create_node("call_module", name, args, kwargs)
 
     def _real(self, node: fx.Node) -> fx.Node:
         if node not in self.real:
@@ -104,6 +114,10 @@ class _Builder:
         return name
 
     def _add(self, name: str, op: FrozenOp, *inputs: fx.Node) -> fx.Node:
+        self._place(name, op)
+        return self.out.create_node("call_module", name, inputs)
+
+    def _place(self, name: str, op: nn.Module) -> None:
         owner = self.root
         *path, leaf = name.split(".")
         for part in path:
@@ -111,7 +125,6 @@ class _Builder:
                 owner.add_module(part, nn.Module())
             owner = getattr(owner, part)
         owner.add_module(leaf, op)
-        return self.out.create_node("call_module", name, inputs)
 
     def _unit(self, unit: Unit) -> None:
         ins = [self.plan.activations[i.name] for i in unit.inputs]

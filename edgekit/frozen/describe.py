@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from edgekit.frozen.float_layers import FloatLayer
 from edgekit.frozen.program import FrozenProgram, Layer
 
 __all__ = ["Description", "Row", "describe"]
@@ -19,12 +20,12 @@ class Row:
     Attributes:
         layer: dotted name.
         op: operator, such as "qconv2d".
-        kind: "depthwise", "grouped", or "" for everything else.
+        kind: "depthwise", "grouped", "float" for an operator that stays in float and has weights or products, or "".
         shape: output shape, batch of one first.
         weight_bits, activation_bits: None where there is none.
         parameters: number of weights and biases.
         macs: multiply-accumulates for one sample.
-        bytes: packed weights, int32 biases, float32 scales.
+        bytes: packed weights, int32 biases, float32 scales; what a float operator stores.
         source: "file.py:line" in the model, "" if unknown.
     """
 
@@ -42,7 +43,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Description:
-    """Rows in execution order, their totals, and what stays float as (layer, op, reason)."""
+    """Rows in execution order, their totals, and what stays float as (layer, op, reason).
+
+    ``macs_by_bits``: multiply-accumulates by label, "w8a8" and so on, "float32" for what stays in float.
+    """
 
     name: str
     inputs: tuple[tuple[int, ...], ...]
@@ -60,11 +64,15 @@ class Description:
 
 def describe(program: FrozenProgram) -> Description:
     """Layers of a program with shapes, bits, parameters, multiply-accumulates, bytes, and the totals."""
-    rows = tuple(_row(layer, program.sources.get(layer.name, "")) for layer in program.layers)
+    rows = tuple(
+        _float_row(x, program.sources.get(x.name, "")) if isinstance(x, FloatLayer) else _row(x, program.sources.get(x.name, ""))
+        for x in program.counted
+    )
     by_bits: dict[str, int] = {}
     for row in rows:
         if row.macs:
             label = f"w{row.weight_bits}a{row.activation_bits}" if row.activation_bits else f"w{row.weight_bits}"
+            label = "float32" if row.kind == "float" else label
             by_bits[label] = by_bits.get(label, 0) + row.macs
     return Description(
         program.name,
@@ -83,6 +91,12 @@ def _row(layer: Layer, source: str) -> Row:
     return Row(
         layer.name, layer.op, _kind(layer), layer.shape, layer.weight_bits, bits, layer.parameters, layer.macs,
         layer.weight_bytes, source,
+    )  # fmt: skip
+
+
+def _float_row(layer: FloatLayer, source: str) -> Row:
+    return Row(
+        layer.name, layer.op, "float", layer.shape, None, None, layer.parameters, layer.macs, layer.weight_bytes, source
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ integers and none recomputes a scale. What is not quantized stays plain ATen and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +18,7 @@ from torch.export import ExportedProgram
 
 from edgekit.errors import ModelError
 from edgekit.frozen import ops
+from edgekit.frozen.float_layers import FloatLayer, float_layers
 
 __all__ = ["FrozenOp", "FrozenProgram", "Layer", "Unquantized", "freeze_module"]
 
@@ -90,10 +92,8 @@ class Layer:
         weight = self.args.get("weight")
         if not isinstance(weight, Tensor):
             return 0
-        out = 1
-        for d in self.shape[1:]:
-            out *= d
-        return out * weight[0].numel()
+        # the program's batch is one, and not always first: torch's attention works on (time, batch, features)
+        return math.prod(self.shape) * weight[0].numel()
 
     @property
     def weight_bytes(self) -> int:
@@ -158,6 +158,33 @@ class FrozenProgram:
     def layers(self) -> tuple[Layer, ...]:
         """All ``edgekit::`` nodes in execution order."""
         return _layers(self.module)
+
+    @cached_property
+    def float_layers(self) -> tuple[FloatLayer, ...]:
+        """All operators that stay in float, in execution order."""
+        return float_layers(self.module)
+
+    @cached_property
+    def counted(self) -> tuple[Layer | FloatLayer, ...]:
+        """All integer layers, and the float operators that have products or store numbers, in execution order."""
+        order = {node.name: i for i, node in enumerate(self.module.graph.nodes)}
+        found: list[Layer | FloatLayer] = [*self.layers, *(x for x in self.float_layers if x.macs or x.parameters)]
+        return tuple(sorted(found, key=lambda x: order[x.node]))
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights and biases, those of float operators included."""
+        return sum(x.parameters for x in self.counted)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one sample, those of float operators included."""
+        return sum(x.macs for x in self.counted)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, biases, scales and tables, and of what float operators store."""
+        return sum(x.weight_bytes for x in self.counted)
 
     def layer(self, name: str) -> Layer:
         """The layer of that name; KeyError if there is none."""

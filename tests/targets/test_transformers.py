@@ -107,7 +107,9 @@ def test_every_file_computes_the_program(target: str, frozen: tuple[FrozenProgra
     if module.available() is not None:
         pytest.skip(module.available())
     path = tmp_path / f"model{module.SUFFIX}"
-    module.lower(program, path)
+    artifact = module.lower(program, path)
+    assert sum(c.macs for c in artifact.coverage) == program.macs
+    assert sum(c.macs for c in artifact.coverage if c.runs == "float") == 2 * TOKENS * TOKENS * WIDTH
     parity = verify_artifact(program, target, path, Evaluation((x,), None, "accuracy", "noise"))
     assert parity.ok and parity.untapped == ()
     assert parity.stage.max_lsb is not None and parity.stage.max_lsb <= 1

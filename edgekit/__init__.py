@@ -4,9 +4,12 @@ From Python::
 
     import edgekit
 
-    outcome = edgekit.run("recipe.yaml", "runs/first")       # every stage
+    outcome = edgekit.run_model(model, data, "runs/first")   # every stage, for an nn.Module and edgekit.Data
+    outcome = edgekit.run("recipe.yaml", "runs/second")      # the same for a recipe
     program = edgekit.load("runs/first/frozen.pt2")          # a FrozenProgram
     print(outcome.ok, edgekit.describe(program).bytes)
+
+or stage by stage: ``compress_model``, ``export_program``, ``verify_files`` (:mod:`edgekit.in_memory`).
 
 ``edgekit.pipeline`` has every verb of the command line (compress, export, verify, report, run), ``edgekit.compress``,
 ``edgekit.targets`` and ``edgekit.verify`` the parts. Importing this package imports nothing; a name is loaded when first used.
@@ -25,11 +28,15 @@ __all__ = [
     "FrozenProgram",
     "Outcome",
     "__version__",
+    "compress_model",
     "describe",
+    "export_program",
     "load",
     "load_weights",
     "run",
+    "run_model",
     "save",
+    "verify_files",
 ]
 
 if TYPE_CHECKING:
@@ -37,6 +44,7 @@ if TYPE_CHECKING:
     from edgekit.errors import EdgekitError
     from edgekit.frozen import FrozenProgram, load, save
     from edgekit.frozen.describe import describe
+    from edgekit.in_memory import compress_model, export_program, run_model, verify_files
     from edgekit.pipeline import Outcome, run
     from edgekit.source import load_weights
 
@@ -50,6 +58,7 @@ _HOME = {
     "Outcome": "edgekit.pipeline",
     "run": "edgekit.pipeline",
     "load_weights": "edgekit.source",
+    **dict.fromkeys(("compress_model", "export_program", "run_model", "verify_files"), "edgekit.in_memory"),
 }
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,10 +32,25 @@ from edgekit.recipe import Recipe, Target
 from edgekit.stage_runner import Progress, StageNote, Stages
 
 if TYPE_CHECKING:
+    from edgekit.frozen import FrozenProgram
     from edgekit.parity import Parity
     from edgekit.profile import Profile, Settings
 
-__all__ = ["Outcome", "Progress", "compress", "export", "profile", "report", "run", "verify"]
+__all__ = [
+    "Loaded",
+    "Outcome",
+    "Progress",
+    "compress",
+    "device_notes",
+    "export",
+    "export_program",
+    "make",
+    "profile",
+    "report",
+    "run",
+    "take_in",
+    "verify",
+]
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,7 @@ def run(recipe_path: Path, out: Path, **options: Any) -> Outcome:
     Raises:
         EdgekitError: any of them; ``out`` is then as it was before. A failed check is no error: see :attr:`Outcome.ok`.
     """
-    return _make(recipe_path, out, whole=True, **options)
+    return _from_recipe(recipe_path, out, whole=True, **options)
 
 
 def compress(recipe_path: Path, out: Path, **options: Any) -> Outcome:
@@ -74,7 +89,7 @@ def compress(recipe_path: Path, out: Path, **options: Any) -> Outcome:
         **options: ``seed`` (int) and ``device`` ("cpu", "cuda") replace the recipe's; ``resume`` (True): take finished stages
             from the cache; ``progress``: see :data:`Progress`.
     """
-    return _make(recipe_path, out, whole=False, **options)
+    return _from_recipe(recipe_path, out, whole=False, **options)
 
 
 def export(
@@ -105,6 +120,7 @@ def verify(
     targets: Sequence[str] | None = None,
     devices: Sequence[str] | None = None,
     *,
+    data: Data | None = None,
     seed: int | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
@@ -116,6 +132,7 @@ def verify(
     Args:
         targets: files to check; None: all.
         devices: check on these only (:mod:`edgekit.devices`); None: on this machine, and on those of the recipe's ``verify``.
+        data: instead of what the recipe names.
 
     Raises:
         FormatError, InputError, MissingTool: nothing was checked; the folder is as it was before.
@@ -125,9 +142,9 @@ def verify(
 
     settings = _opened(folder)
     warnings = [f"{name} was altered after it was written" for name in runfolder.altered(folder)]
-    data: Data | None = None
     try:
-        data = source.load_data(settings.data, settings.seed if seed is None else seed)
+        if data is None and settings.data != recipe.IN_MEMORY:
+            data = source.load_data(settings.data, settings.seed if seed is None else seed)
     except InputError as error:
         warnings.append(f"the recipe's data cannot be loaded ({error}); verified on the samples stored in the run")
     names = devices if devices is not None else settings.verify.devices if targets is None else ()
@@ -198,14 +215,25 @@ def report(folder: Path, *, progress: Progress | None = None) -> Outcome:
     return _outcome(stages, folder)
 
 
-def _make(
-    recipe_path: Path, out: Path, *, whole: bool, seed: int | None = None, device: str | None = None, resume: bool = True,
-    progress: Progress | None = None,
+def _from_recipe(
+    recipe_path: Path, out: Path, *, whole: bool, seed: int | None = None, device: str | None = None, **options: Any
+) -> Outcome:
+    settings = recipe.replace(recipe.load(Path(recipe_path)), seed=seed, device=device)
+    return make(settings, lambda: _load(settings), out, whole=whole, device=device, **options)
+
+
+def make(
+    settings: Recipe, load: Callable[[], Loaded], out: Path, *, whole: bool = True, device: str | None = None,
+    resume: bool = True, progress: Progress | None = None,
 ) -> Outcome:  # fmt: skip
+    """The stages of a recipe, on what ``load`` gives, into the run folder ``out``; up to freeze if not ``whole``.
+
+    Args:
+        device: the one that was asked for beside the recipe.
+    """
     from edgekit import measure
 
-    settings = recipe.replace(recipe.load(Path(recipe_path)), seed=seed, device=device)
-    notes = _device_notes(settings, device)
+    notes = device_notes(settings, device)
     with measure.connected((*settings.profile, *settings.verify.devices) if whole else ()) as devices:
         if whole:
             _require(settings.targets)
@@ -217,20 +245,21 @@ def _make(
         with runfolder.staged(out) as work:
             stages = Stages(work, resume, progress)
             stages.warnings += notes
-            parity, profiles = _all(stages, settings, Path(out), whole, on, measured)
+            parity, profiles = _all(stages, settings, load, Path(out), whole, on, measured)
     return replace(_outcome(stages, out), parity=parity, profiles=profiles)
 
 
 def _all(
-    stages: Stages, settings: Recipe, out: Path, whole: bool, on: Sequence[tuple[Any, str]], measured: Sequence[tuple[Any, str]]
-) -> tuple[Parity | None, tuple[Profile, ...]]:
+    stages: Stages, settings: Recipe, load: Callable[[], Loaded], out: Path, whole: bool,
+    on: Sequence[tuple[Any, str]], measured: Sequence[tuple[Any, str]],
+) -> tuple[Parity | None, tuple[Profile, ...]]:  # fmt: skip
     """The stages of a recipe in the folder of ``stages``, which takes the place of ``out``; up to freeze if not ``whole``.
 
     Args:
         on, measured: what is verified, and what is measured, on devices: (device, target).
     """
     with stages.timed("load"):
-        loaded = _load(settings)
+        loaded = load()
     _compress(stages, settings, loaded)
     write_whole(stages.folder / "recipe.yaml", recipe.dump(settings, out))
     write_json(stages.folder / "env.json", environment.describe())
@@ -245,7 +274,7 @@ def _all(
 
 
 @dataclass(frozen=True)
-class _Loaded:
+class Loaded:
     """What the recipe names, in memory, and the hashes that stand for it in keys."""
 
     model: nn.Module
@@ -268,6 +297,29 @@ def _opened(folder: Path) -> Recipe:
     """The recipe of a run folder whose program is whole."""
     runfolder.open_run(folder, "frozen.pt2", "recipe.yaml")
     return recipe.load(Path(folder) / "recipe.yaml", files=False)
+
+
+def export_program(
+    program: FrozenProgram, out: Path, settings: Recipe, record: dict[str, Any], *, resume: bool = True,
+    progress: Progress | None = None,
+) -> Outcome:  # fmt: skip
+    """A new run folder of a program that is in memory, with the files of ``settings.targets``.
+
+    Args:
+        record: what compression did (:attr:`edgekit.compress.Compressed.record`).
+    """
+    from edgekit.frozen import save
+
+    _require(settings.targets)
+    with runfolder.staged(out) as work:
+        stages = Stages(work, resume, progress)
+        save(program, work / "frozen.pt2")
+        write_json(work / "compress.json", record)
+        write_whole(work / "recipe.yaml", recipe.dump(settings, Path(out)))
+        write_json(work / "env.json", environment.describe())
+        for target in settings.targets:
+            _lower(stages, target)
+    return _outcome(stages, out)
 
 
 def _add(stages: Stages, settings: Recipe, targets: Sequence[Target], folder: Path) -> None:
@@ -324,7 +376,7 @@ _LEARNED = ("adaround", "brecq")
 """Methods of ``ptq`` that learn, where its ``device`` says."""
 
 
-def _device_notes(settings: Recipe, device: str | None) -> list[str]:
+def device_notes(settings: Recipe, device: str | None) -> list[str]:
     """Warnings about a device that nothing will use. Raises InputError for one that is not there, before any work."""
     asked = {b.kind: d for b in settings.compress if (d := getattr(b.settings, "device", None)) is not None}
     for wanted in (device, *asked.values()):
@@ -335,18 +387,27 @@ def _device_notes(settings: Recipe, device: str | None) -> list[str]:
     return []
 
 
-def _load(settings: Recipe) -> _Loaded:
+def take_in(model: nn.Module, data: Data, seed: int, text: str = "") -> Loaded:
+    """A model and its data as stages take them, after a try on the first sample; ``text``: hash of the model's source.
+
+    Raises:
+        ModelError, DataError: see :mod:`edgekit.intake`.
+    """
+    sample = sample_inputs(model, data)
+    check_sample(model, sample, "the model")
+    return Loaded(model, data, sample, seed, text)
+
+
+def _load(settings: Recipe) -> Loaded:
     _seed(settings.seed)
     model = source.load_model(settings.model, settings.seed)
     data = source.load_data(settings.data, settings.seed)
     file = Path(settings.model.rpartition(":")[0])
     text = hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" else ""
-    sample = sample_inputs(model, data)
-    check_sample(model, sample, "the model")
-    return _Loaded(model, data, sample, settings.seed, text)
+    return take_in(model, data, settings.seed, text)
 
 
-def _compress(stages: Stages, settings: Recipe, loaded: _Loaded) -> None:
+def _compress(stages: Stages, settings: Recipe, loaded: Loaded) -> None:
     """``stage_float.npz``, then ``frozen.pt2``, ``stage_compressed.npz`` and ``compress.json``."""
     from edgekit import stages as outputs
 
@@ -404,7 +465,7 @@ def _lower(stages: Stages, target: Target) -> None:
     stages.cached(f"lower {target.name}", inputs, make)
 
 
-def _verified(stages: Stages, settings: Recipe, loaded: _Loaded, on: Sequence[tuple[Any, str]]) -> Parity:
+def _verified(stages: Stages, settings: Recipe, loaded: Loaded, on: Sequence[tuple[Any, str]]) -> Parity:
     """The verify stage of a whole run, through the cache; what a device computes is not kept there."""
     from edgekit.parity import Parity
 

@@ -24,7 +24,21 @@ from edgekit.compress.rewrite.settings import Rewrite
 from edgekit.errors import RecipeError
 from edgekit.validation import Reader, closest, shown
 
-__all__ = ["NAMED", "SETTINGS", "Block", "Recipe", "Target", "Verify", "dump", "load", "parse", "replace", "target"]
+__all__ = [
+    "IN_MEMORY",
+    "NAMED",
+    "SETTINGS",
+    "Block",
+    "Recipe",
+    "Target",
+    "Verify",
+    "dump",
+    "in_memory",
+    "load",
+    "parse",
+    "replace",
+    "target",
+]
 
 _FORBID = ConfigDict(extra="forbid")
 
@@ -44,6 +58,9 @@ NAMED: dict[str, Mapping[str, Any]] = {
     "static_wi4_ai8": {"ptq": {"weights": "int4", "activations": "int8", "method": "gptq"}},
 }
 """Named compressions in the grammar of ai-edge-quantizer: calibrated, weight type, activation type."""
+
+IN_MEMORY = "in memory"
+"""What the recipe in a run folder says of a model or data that was handed over in Python."""
 
 TargetName = Literal[
     "executorch", "tflite", "onnx", "cortex-m0", "cortex-m3", "cortex-m4", "cortex-m7", "cortex-m33", "cortex-m55"
@@ -133,18 +150,44 @@ def load(path: Path, *, files: bool = True) -> Recipe:
 
 def parse(text: str, name: str = "recipe.yaml", folder: Path = Path(), *, files: bool = True) -> Recipe:
     """Check the text of a recipe; relative paths are looked up in ``folder``, then in the current one. As :func:`load`."""
-    document = marked_yaml.parse(text, name)
-    reader = Reader(document, name)
-    if not isinstance(document.value, dict):
-        reader.fail((), f"found {shown(document.value)}; expected the keys model, data, compress and targets")
-    value = dict(document.value)
+    return _checked(Reader(marked_yaml.parse(text, name), name), folder, files)
+
+
+def in_memory(**values: Any) -> Recipe:
+    """The recipe of a model and data that are no files, from the other keys of a recipe; None leaves a key out.
+
+    Blocks of ``compress`` may be settings objects such as ``PTQ(weights="int4")``. Raises RecipeError.
+    """
+    given: dict[str, Any] = {k: v for k, v in values.items() if v is not None}
+    for key in ("compress", "targets", "profile"):
+        if isinstance(given.get(key), Sequence) and not isinstance(given[key], str):
+            given[key] = list(given[key])
+    if "compress" in given:
+        blocks = given["compress"] if isinstance(given["compress"], list) else [given["compress"]]
+        given["compress"] = [_as_block(b) for b in blocks]
+    if isinstance(given.get("verify"), Verify):
+        given["verify"] = dataclasses.asdict(given["verify"])
+    document = marked_yaml.Document({"model": IN_MEMORY, "data": IN_MEMORY, **given}, {})
+    return _checked(Reader(document, "the arguments"), Path(), False)
+
+
+def _as_block(value: Any) -> Any:
+    """A settings object as the mapping it stands for in a recipe; anything else as it is."""
+    kind = next((k for k, settings in SETTINGS.items() if isinstance(value, settings)), None)
+    return value if kind is None else {kind: dataclasses.asdict(value)}
+
+
+def _checked(reader: Reader, folder: Path, files: bool) -> Recipe:
+    if not isinstance(reader.document.value, dict):
+        reader.fail((), f"found {shown(reader.document.value)}; expected the keys model, data, compress and targets")
+    value = dict(reader.document.value)
     allowed = [f.name for f in dataclasses.fields(Recipe)]
     for key in value:
         if key not in allowed:
             reader.fail((key,), f"unknown key {key!r}{closest(key, allowed)}")
     seed = value.get("seed", 0)
     if "compress" in value:
-        value["compress"] = _blocks(value["compress"], seed, reader)
+        value["compress"] = () if value["compress"] == [] and not files else _blocks(value["compress"], seed, reader)
     if "targets" in value:
         value["targets"] = _targets(value["targets"], reader)
     if "profile" in value:
@@ -284,6 +327,8 @@ def _split(spec: str) -> tuple[str, str, str]:
 
 def _resolved(spec: str, key: str, folder: Path, reader: Reader, files: bool) -> str:
     """``spec`` with an absolute path, where it names a file."""
+    if spec == IN_MEMORY and not files:
+        return spec
     file, colon, factory = _split(spec)
     if colon and factory.isidentifier() and not file.endswith(".py"):
         return spec

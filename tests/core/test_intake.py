@@ -289,9 +289,9 @@ def test_cuda_that_is_not_there_or_not_used(tmp_path: Path, monkeypatch: pytest.
         pipeline.compress(trained, tmp_path / "run")
     with monkeypatch.context() as there:
         there.setattr(torch.cuda, "is_available", lambda: True)
-        (note,) = pipeline._device_notes(recipes.load(recipe), "cuda")
+        (note,) = pipeline.device_notes(recipes.load(recipe), "cuda")
         assert note == "device cuda is not used: only qat, repair and the methods adaround and brecq of ptq learn on it"
-        assert pipeline._device_notes(recipes.load(trained), "cuda") == []
+        assert pipeline.device_notes(recipes.load(trained), "cuda") == []
     with pytest.raises(EdgekitError, match="device 'tpu': expected cpu or cuda"):
         pipeline.compress(recipe, tmp_path / "run", device="tpu")
     with pytest.raises(EdgekitError, match="seed 4294967296: expected 0 to 4294967295"):

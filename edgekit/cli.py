@@ -178,6 +178,31 @@ def analyze(
 
 
 @app.command()
+def deploy(
+    run: Run,
+    device: Annotated[str, typer.Option("--device", "-d", help="ssh://user@host[:port].", show_default=False)],
+    target: Annotated[str | None, typer.Option("--target", "-t", help="Which file; the first that the device runs.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Of the deployment; the recipe's name if left out.")] = None,
+    service: Annotated[bool, typer.Option("--service", help="Also a systemd user unit that answers samples over HTTP.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing, say what would be done.")] = False,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Go back to the version before.")] = False,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Put a run's file on a device: proven there first, switched to in one step."""
+    from edgekit import deploy as deployments
+
+    with console.progress_bars(quiet=json) as progress:
+        if rollback:
+            made = deployments.rollback(run, device, name=name)
+        else:
+            made = deployments.deploy(
+                run, device, target=target, name=name, with_service=service, dry_run=dry_run, progress=progress
+            )
+    console.print_json(made.to_json()) if json else console.print_deployment(made)
+
+
+@app.command()
 def report(run: Run, json: Json = False, verbose: Verbose = False) -> None:
     """Write one page (report.html) about a verified run."""
     from edgekit import pipeline

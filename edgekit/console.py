@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgekit.compare import Comparison
+    from edgekit.deploy import Deployment
     from edgekit.frozen.describe import Description
     from edgekit.pipeline import Outcome, Progress
     from edgekit.profile import Profile
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "error",
     "print_comparison",
+    "print_deployment",
     "print_description",
     "print_json",
     "print_outcome",
@@ -138,6 +140,14 @@ def print_comparison(rows: Sequence[Comparison]) -> None:
             warning(f"{row.target} on {row.device}: the machines differ ({'; '.join(row.differences)})")
         for note in row.notes:
             warning(f"{row.target} on {row.device}: {note}")
+
+
+def print_deployment(made: Deployment) -> None:
+    """What was done, or would be, a line each."""
+    head = f"{made.name} {made.version} on {made.device}"
+    _print(sys.stdout, "[bold]", head if made.done else f"{head}: would")
+    for step in made.steps:
+        _print(sys.stdout, "", f"  {step}")
 
 
 def shortfalls(folder: Path) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -43,6 +44,13 @@ class Server:
         """Processes that still serve a connection."""
         master = int((self.folder / "sshd.pid").read_text())
         return len([pid for pid in _processes() if _parent(pid) == master])
+
+    def cut(self) -> None:
+        """End this half of every connection, as a cable pulled or a reboot would."""
+        for pid in descendants(int((self.folder / "sshd.pid").read_text())):
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{pid}/comm").read_text().strip() == "sshd":
+                    os.kill(pid, signal.SIGKILL)
 
     def settled(self) -> list[str]:
         """What is left when all connections have ended."""

@@ -6,7 +6,7 @@ happens, so does the runner, and everything that the agent made is removed, exce
 it lies in ``parts`` and is continued the next time (parts older than a week are removed).
 
 Requests: ``offer`` files by SHA-256 and size (answer: how much of each is there already), ``put`` the rest of one, ``run`` a
-request on files under names, ``get`` a result; ``install``, ``versions``, ``switch`` and ``remove`` for deployments
+request on files under names, ``get`` a result; ``install``, ``versions``, ``fetch``, ``switch``, ``remove`` for deployments
 (:mod:`edgekit.deploy`).
 """
 
@@ -76,7 +76,7 @@ def say(message: dict[str, Any], before: bytes = b"", data: bytes = b"") -> None
 def _serve(root: str, work: str) -> None:
     verbs: dict[str, Callable[[dict[str, Any], str, str], None]] = {
         "offer": _offer, "put": _put, "run": _run, "get": _get,
-        "install": _install, "versions": _versions, "switch": _switch, "remove": _remove,
+        "install": _install, "fetch": _fetch, "versions": _versions, "switch": _switch, "remove": _remove,
     }  # fmt: skip
     while True:
         line = sys.stdin.buffer.readline()
@@ -234,7 +234,16 @@ def _follow(process: subprocess.Popen[bytes], deadline: float) -> None:
 
 def _get(request: dict[str, Any], root: str, work: str) -> None:
     """Send a file of the last run."""
-    path = os.path.join(work, "run", _name(request["name"]))
+    _send(os.path.join(work, "run", _name(request["name"])))
+
+
+def _fetch(request: dict[str, Any], root: str, work: str) -> None:
+    """Send a file of a deployed version."""
+    home = os.path.join(deployments(), _name(request["name"]))
+    _send(os.path.join(home, "versions", _name(request["version"]), _name(request["file"])))
+
+
+def _send(path: str) -> None:
     with open(path, "rb") as file:
         size, total = os.path.getsize(path), hashlib.sha256()
         say({"size": size})
@@ -304,7 +313,7 @@ def _service(request: dict[str, Any], home: str) -> str:
     if request.get("unit"):
         os.makedirs(folder, exist_ok=True)
         with open(path + ".new", "w") as file:
-            file.write(request["unit"].replace("@HOME@", home).replace("@PYTHON@", sys.executable))
+            file.write(request["unit"].replace("@HOME@", _quoted(home)).replace("@PYTHON@", _quoted(sys.executable)))
         os.replace(path + ".new", path)
         commands = [["daemon-reload"], ["enable", unit], ["restart", unit]]
     elif not os.path.exists(path):
@@ -318,6 +327,11 @@ def _service(request: dict[str, Any], home: str) -> str:
             reason = (done.stderr.strip() or "no reason given").splitlines()[0][:200]
             return f"{unit} is in place, but systemctl --user {' '.join(command)} failed: {reason}"
     return f"{unit} runs"
+
+
+def _quoted(path: str) -> str:
+    """A path between double quotes of a systemd unit."""
+    return path.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
 
 
 def _remove(request: dict[str, Any], root: str, work: str) -> None:

@@ -154,6 +154,15 @@ class Connection:
     def get(self, name: str, path: Path) -> None:
         """Fetch a result of the last run, whole or not at all."""
         self.ask({"do": "get", "name": name})
+        self._received(name, path)
+
+    def fetch(self, name: str, version: str, file: str, path: Path) -> None:
+        """Fetch a file of a deployed version, whole or not at all."""
+        self.ask({"do": "fetch", "name": name, "version": version, "file": file})
+        self._received(file, path)
+
+    def _received(self, name: str, path: Path) -> None:
+        """What the agent sends as an answer."""
         left, total, part = self.answer(CONNECT)["size"], hashlib.sha256(), path.with_name(path.name + ".part")
         try:
             with part.open("wb") as file:

@@ -24,6 +24,7 @@ from edgekit.frozen import FrozenProgram
 from edgekit.profile import Settings
 from edgekit.targets import get
 
+pytestmark = pytest.mark.slow
 X = images(3).numpy()
 
 
@@ -169,7 +170,7 @@ def test_a_connection_killed_in_mid_upload_goes_on_where_it_was(end: str, server
             if end == "client":
                 link.process.kill()
             else:
-                _kill_sessions(server)
+                server.cut()
 
     with pytest.raises(DeviceError, match=r"connection was lost|connection ended"):
         link.put({"big": big}, cut)
@@ -256,7 +257,7 @@ def test_a_connection_lost_in_a_run_ends_the_runner(server: Server, path: Path, 
 
     def cut() -> None:
         found.append(_runner(server))
-        _kill_sessions(server)
+        server.cut()
 
     thread = threading.Thread(target=cut)
     thread.start()
@@ -294,13 +295,3 @@ def _runner(server: Server) -> int:
 def _times(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _kill_sessions(server: Server) -> None:
-    """End the server's half of every connection, as a cable pulled or a reboot would."""
-    for pid in descendants(int((server.folder / "sshd.pid").read_text())):
-        try:
-            if Path(f"/proc/{pid}/comm").read_text().strip() == "sshd":
-                os.kill(pid, signal.SIGKILL)
-        except OSError:
-            continue

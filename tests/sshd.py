@@ -53,12 +53,15 @@ class Server:
                     os.kill(pid, signal.SIGKILL)
 
     def settled(self) -> list[str]:
-        """What is left when all connections have ended."""
-        deadline = time.monotonic() + 10
-        while self.sessions() and time.monotonic() < deadline:
+        """What is left when all connections have ended, and their agents, which outlive a killed sshd a little."""
+        deadline = time.monotonic() + 15
+        while (self.sessions() or self._working()) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not self.sessions()
         return self.left()
+
+    def _working(self) -> bool:
+        return any(self.home.glob(".cache/edgekit-device/work-*"))
 
 
 @contextlib.contextmanager

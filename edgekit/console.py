@@ -55,7 +55,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
     from edgekit.profile_table import text
 
-    table = Table(title=title, title_justify="left", title_style="bold", show_footer=total is not None, header_style="bold")
+    table = Table(
+        title=title or None, title_justify="left", title_style="bold", show_footer=total is not None, header_style="bold"
+    )
     for i, column in enumerate(columns):
         numeric = any(isinstance(row[i], int | float) for row in rows)
         footer = "" if total is None else text(total[i])
@@ -119,14 +121,13 @@ def print_profile(found: Profile) -> None:
     from edgekit import profile_table as tables
 
     table = tables.layers(found)
+    _print(sys.stdout, "[bold]", tables.title(found))
     if table.rows:
-        print_table(tables.title(found), table.columns, table.rows)
-    else:
-        _print(sys.stdout, "[bold]", tables.title(found))
-    for name, value in found.figures.items():
-        _print(sys.stdout, "", "  {}: {}".format(*tables.figure(name, value)))
+        print_table("", table.columns, table.rows)
+    for name, value in tables.figures(found):
+        _print(sys.stdout, "", f"  {name}: {value}")
     if found.fits:
-        print_table("fits on", tables.FITS, [tables.fit_row(fit) for fit in found.fits])
+        print_table("fits on (bytes)", tables.FITS, [tables.fit_row(fit) for fit in found.fits])
     for note in filter(None, (found.method, *found.notes)):
         _print(sys.stdout, "[dim]", note)
 

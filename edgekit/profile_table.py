@@ -8,7 +8,7 @@ from typing import Any
 
 from edgekit.profile import LayerCost, Profile
 
-__all__ = ["COLUMNS", "FITS", "Table", "figure", "fit_row", "layer_row", "layers", "text", "title"]
+__all__ = ["COLUMNS", "FITS", "Table", "figure", "figures", "fit_row", "layer_row", "layers", "text", "title"]
 
 COLUMNS = ("layer", "operator", "MACs", "instructions", "a MAC", "of these in libraries", "µs", "share %", "note")
 """Headings of :func:`layer_row`."""
@@ -16,6 +16,10 @@ COLUMNS = ("layer", "operator", "MACs", "instructions", "a MAC", "of these in li
 FITS = ("board or part", "core", "fits", "flash left", "RAM left", "flash", "RAM", "data from")
 """Headings of :func:`fit_row`; sizes in bytes."""
 
+_FIRST = (
+    "flash_bytes", "flash_code_bytes", "flash_weights_bytes", "ram_bytes", "arena_bytes", "arena_bound_bytes", "static_ram_bytes",
+    "stack_bytes", "stack_reserved_bytes", "least_instructions", "most_instructions", "library_instructions", "boot_instructions",
+)  # fmt: skip
 _UNITS = ("bytes", "microseconds", "milliseconds", "seconds", "instructions", "percent", "celsius", "mhz", "runs")
 
 
@@ -52,6 +56,13 @@ def fit_row(fit: Mapping[str, Any]) -> tuple[Any, ...]:
     """An entry of :attr:`Profile.fits` as a row under :data:`FITS`."""
     sizes = (fit["flash_margin_bytes"], fit["ram_margin_bytes"], fit["flash_bytes"], fit["ram_bytes"])
     return (fit["name"], fit["core"], fit["fits"], *sizes, fit["source"])
+
+
+def figures(profile: Profile) -> list[tuple[str, str]]:
+    """The figures as words, what readers look for first."""
+    first = {name: i for i, name in enumerate(_FIRST)}
+    names = sorted(profile.figures, key=lambda name: first.get(name, len(first)))
+    return [figure(name, profile.figures[name]) for name in names]
 
 
 def figure(name: str, value: float) -> tuple[str, str]:

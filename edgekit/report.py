@@ -172,6 +172,8 @@ def _charts(parity: Parity) -> list[dict[str, Any]]:
         bars = [
             {
                 "label": s.name,
+                "target": s.name.partition(" on ")[0],
+                "where": s.name.partition(" on ")[2],
                 "share": max(0.0, v / largest),
                 "text": _text(field, v, parity),
                 "modelled": field == "macs" or (field == "bytes" and not s.bytes_measured),
@@ -272,7 +274,7 @@ def _profile(found: Profile, folder: Path) -> dict[str, Any]:
         "columns": table.columns,
         "rows": [[profile_table.text(v) for v in row] for row in table.rows],
         "shares": [100 * layer.share for layer in found.layers],
-        "figures": [profile_table.figure(k, v) for k, v in found.figures.items()],
+        "figures": profile_table.figures(found),
         "machine": _flat(dict(found.fingerprint)),
         "fits": [[profile_table.text(v) for v in profile_table.fit_row(f)] for f in found.fits],
         "heads": profile_table.FITS,

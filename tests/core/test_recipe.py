@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from core.sources import ROOT
 
 from edgekit import recipe, schema
 from edgekit.compress.ptq.settings import PTQ
@@ -142,3 +143,8 @@ def test_the_examples_are_valid(name: str) -> None:
     path = Path(__file__).parents[2] / "examples" / "digits" / name
     assert recipe.load(path).targets
     assert set(yaml.safe_load(path.read_text())) <= set(schema.schema()["properties"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_the_recipes_of_the_examples_are_valid(path: Path) -> None:
+    assert recipe.load(path).targets

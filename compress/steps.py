@@ -102,7 +102,7 @@ def _quantizing(
     step: Callable[..., tuple[Graph, Plan]], state: _State, block: _Block, data: Data, progress: Progress | None
 ) -> _State:
     graph, plan = step(state.graph, block.settings, data, state.plan, progress)
-    entry = {"kind": block.kind, "settings": asdict(block.settings), "layers": dict(plan.changes)}
+    entry = {"kind": block.kind, "settings": asdict(block.settings), **plan.facts, "layers": dict(plan.changes)}
     return replace(state, graph=graph, plan=plan, passes=(*state.passes, entry))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from edgekit.compress.ptq.settings import Reconstruct
+from edgekit.compress.ptq.settings import Mixed, Reconstruct
 from edgekit.files import write_json, write_whole
 from edgekit.recipe import NAMED, SETTINGS, Recipe, Verify
 
@@ -57,7 +57,7 @@ def tables() -> str:
     from edgekit.targets import TARGETS, get
 
     parts: dict[str, type[Any]] = {"Keys of a recipe": Recipe, **{f"`{name}`": kind for name, kind in SETTINGS.items()}}
-    parts |= {"`reconstruct` of `ptq`": Reconstruct, "`verify`": Verify}
+    parts |= {"`reconstruct` of `ptq`": Reconstruct, "`mixed` of `ptq`": Mixed, "`verify`": Verify}
     groups: dict[type[Any], list[str]] = {}
     for name in TARGETS:  # the Cortex-M cores share theirs
         groups.setdefault(get(name).Options, []).append(f"`{name}`")

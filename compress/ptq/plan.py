@@ -64,6 +64,7 @@ class Plan:
         unquantized: operators that stay in float.
         warnings: sentences for the user.
         changes: layer name to what was done to it, for reports.
+        facts: what else was decided, plain values, for reports.
     """
 
     units: tuple[Unit, ...]
@@ -72,6 +73,7 @@ class Plan:
     unquantized: tuple[Unquantized, ...] = ()
     warnings: tuple[str, ...] = ()
     changes: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, object] = field(default_factory=dict)
 
     def with_weights(self, weights: Mapping[str, WeightQ]) -> Plan:
         """The same plan with some layers' integers replaced."""

@@ -52,6 +52,12 @@ def quantize(
         graph, equalized = equalize(graph)
         changes = dict.fromkeys(equalized, "equalized")
     check_patterns(graph, settings)
+    facts: dict[str, object] = {}
+    if settings.mixed is not None:
+        from edgekit.compress.ptq.mixed import choose_bits
+
+        stream = calibration_stream(graph, settings, data)
+        settings, facts = choose_bits(graph, settings, data, stream, _labelled(progress, "choose bits"))
     units, unquantized = find_units(graph, settings.skip, stored_bits(settings.activations))
     made = make_plan(graph, units, unquantized, settings, calibration_stream(graph, settings, data, progress))
     made = _improve(graph, made, settings, calibration_stream(graph, settings, data), progress, folder)
@@ -59,7 +65,7 @@ def quantize(
         how = ", ".join([settings.method, *([made.changes[name]] if name in made.changes else [])])
         steps = [f"weights int{w.bits}, {how}", *(["bias corrected"] if settings.bias_correction else [])]
         changes[name] = ", ".join([*steps, *([changes[name]] if name in changes else [])])
-    return graph, replace(made, changes=changes)
+    return graph, replace(made, changes=changes, facts=facts)
 
 
 def check_patterns(graph: Graph, settings: Quantization) -> None:

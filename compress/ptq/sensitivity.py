@@ -27,7 +27,7 @@ from edgekit.compress.ptq.settings import PTQ, Quantization, WeightType, bits_of
 from edgekit.compress.ptq.simulate import FakeQuantize, WeightedLayer, layer_of, simulate
 from edgekit.compress.ptq.units import Unit, find_units, weight_of
 
-__all__ = ["Layer", "Remedy", "hurting", "sensitivity", "sqnr_db"]
+__all__ = ["Layer", "Remedy", "Switched", "first_samples", "hurting", "sensitivity", "sqnr_db"]
 
 EXACT_DB = 120.0
 """No difference, or one below what float32 sums make."""
@@ -108,7 +108,7 @@ class _Activation(nn.Module):
         return activated(x, self.kind)
 
 
-class _Switched:
+class Switched:
     """A model whose layers can be quantized one by one, with its samples and float outputs."""
 
     def __init__(self, graph: Graph, plan: Plan, samples: Sequence[tuple[Tensor, ...]]) -> None:
@@ -133,6 +133,7 @@ class _Switched:
         self.signal = sum(float(y.double().square().sum()) for ys in self.real for y in ys)
 
     def run(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The model's outputs."""
         found = self.module(*batch)
         return tuple(found) if isinstance(found, tuple | list) else (found,)
 
@@ -144,6 +145,17 @@ class _Switched:
         for name, group in self.outputs.items():
             for either in group:
                 either.on = name in outputs
+
+    def noise(self, weights: Iterable[str], outputs: Iterable[str]) -> float:
+        """Energy of the output's error over all samples."""
+        self.switch(weights, outputs)
+        with torch.no_grad():
+            pairs = [
+                pair
+                for batch, real in zip(self.samples, self.real, strict=True)
+                for pair in zip(self.run(batch), real, strict=True)
+            ]
+        return sum(float((a - b).double().square().sum()) for a, b in pairs)
 
     def measure(self, weights: Iterable[str], outputs: Iterable[str]) -> tuple[float, float]:
         """(SQNR in dB, prediction difference) of the model's output."""
@@ -210,8 +222,8 @@ def sensitivity(
     """
     units, unquantized = find_units(graph, settings.skip, stored_bits(settings.activations))
     plan = make_plan(graph, units, unquantized, settings, data)
-    some = _first(graph, data, samples)
-    model = _Switched(graph, plan, some)
+    some = first_samples(graph, data, samples)
+    model = Switched(graph, plan, some)
     names = [u for u in plan.units if u.weight is not None or u.name in model.outputs]
     counted = _Counter(progress, 4 * len(names) + 8 * worst)
     noise = model.predicted(settings.seed)
@@ -249,7 +261,8 @@ class _Counter:
         return value
 
 
-def _first(graph: Graph, data: Batches, samples: int) -> list[tuple[Tensor, ...]]:
+def first_samples(graph: Graph, data: Batches, samples: int) -> list[tuple[Tensor, ...]]:
+    """The first so many calibration samples, in batches."""
     found: list[tuple[Tensor, ...]] = []
     left = samples
     for batch in fit(graph, data()):
@@ -273,7 +286,7 @@ def _remedies(
     gained: dict[str, list[Remedy]] = {x.name: [] for x in layers}
     for label, (other, changed) in _trials(graph, settings, plan, layers).items():
         units, unquantized = find_units(other, settings.skip, stored_bits(changed.activations))
-        model = _Switched(other, make_plan(other, units, unquantized, changed, data), samples)
+        model = Switched(other, make_plan(other, units, unquantized, changed, data), samples)
         for x in layers:
             db = counted(model.measure([x.name], [x.name]))[0]
             if db >= x.alone_db + _ENOUGH_DB and (label != "keep it at 8 bits" or 0 < x.weight_bits < 8):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
 
-__all__ = ["PTQ", "QAT", "Quantization", "Reconstruct", "WeightType", "bits_of", "stored_bits"]
+__all__ = ["PTQ", "QAT", "Mixed", "Quantization", "Reconstruct", "WeightType", "bits_of", "stored_bits"]
 
 _FORBID = ConfigDict(extra="forbid")
 
@@ -115,6 +115,33 @@ class Reconstruct:
 
 
 @dataclass(frozen=True, config=_FORBID, kw_only=True)
+class Mixed:
+    """Bits chosen for each weighted layer: the least noise at the model's output within a budget, or the fewest bytes within an
+    accuracy. Give one of ``size``, ``bops`` and ``max_accuracy_drop``.
+
+    Attributes:
+        choices: weight types to choose from; leave out what the targets do not store (ExecuTorch stores convolutions as int8).
+        size: bytes of weights, as a share of those that 8-bit weights take.
+        bops: bit operations (multiply-accumulates times weight bits times activation bits), as a share of those of int8.
+        max_accuracy_drop: largest loss of the task metric on labelled training samples, rounded to nearest, in its unit.
+        samples: calibration samples that noise is measured on.
+        labelled: training samples that the metric is taken on.
+    """
+
+    choices: Annotated[tuple[WeightType, ...], Field(min_length=1)] = ("int8", "int4")
+    size: Annotated[float, Field(gt=0, le=1)] | None = None
+    bops: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_accuracy_drop: Annotated[float, Field(ge=0)] | None = None
+    samples: Annotated[int, Field(ge=1)] = 64
+    labelled: Annotated[int, Field(ge=1)] = 512
+
+    def __post_init__(self) -> None:
+        given = [k for k in ("size", "bops", "max_accuracy_drop") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of size, bops and max_accuracy_drop, found {' and '.join(given) or 'none'}")
+
+
+@dataclass(frozen=True, config=_FORBID, kw_only=True)
 class PTQ(Quantization):
     """Post-training quantization.
 
@@ -127,6 +154,7 @@ class PTQ(Quantization):
         bias_correction: correct each bias by the mean error that quantization made (Nagel et al. 2019).
         learned_round_steps: optimizer steps of ``learned_round`` for each layer.
         reconstruct: settings of ``adaround`` and ``brecq``.
+        mixed: choose the bits of each layer's weights instead of ``weights``; ``scopes`` and ``keep_first_last_8bit`` go before.
         device: "cpu" or "cuda": where ``adaround`` and ``brecq`` learn.
     """
 
@@ -135,6 +163,7 @@ class PTQ(Quantization):
     bias_correction: bool = False
     learned_round_steps: Annotated[int, Field(ge=1)] = 200
     reconstruct: Reconstruct = Field(default_factory=Reconstruct)
+    mixed: Mixed | None = None
     device: Literal["cpu", "cuda"] = "cpu"
 
 

@@ -10,6 +10,10 @@ from edgekit.compress.ptq.units import Unit
 
 __all__ = ["eight_bit_inputs", "few_bits", "fixed_activations", "groups"]
 
+_ROUNDED_TWICE = (
+    "activations of few bits: kernels that round twice (TFLite's packed 4-bit ones, firmware's) may be off by a whole level; "
+    "`tflite: {pack: false}`, ExecuTorch and ONNX are exact"
+)
 _FIXED = {"sigmoid": ActQ(1 / 256, -128), "hardsigmoid": ActQ(1 / 256, -128), "tanh": ActQ(1 / 128, 0)}
 
 
@@ -64,14 +68,15 @@ def _made_by_relu(unit: Unit) -> bool:
 
 
 def eight_bit_inputs(units: Sequence[Unit], few: set[str], settings: Quantization) -> list[str]:
-    """A sentence that names the layers whose inputs have more bits than asked for."""
+    """Sentences on activations of few bits: what rounds them otherwise, and the layers whose inputs have more than asked for."""
     if bits_of(settings.activations) >= 8:
         return []
+    said = [_ROUNDED_TWICE] if few else []
     shared = groups(units)
     weighted = [u for u in units if u.weight is not None]
     inner = weighted[1:-1] if settings.keep_first_last_8bit else weighted
     wide = [u.name for u in inner if shared[u.inputs[0].name] not in few]
     if not wide:
-        return []
+        return said
     names = ", ".join(wide[:5]) + (f" and {len(wide) - 5} more" if len(wide) > 5 else "")
-    return [f"activations: {len(wide)} layers keep 8-bit inputs, which no ReLU made ({names})"]
+    return [*said, f"activations: {len(wide)} layers keep 8-bit inputs, which no ReLU made ({names})"]

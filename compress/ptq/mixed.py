@@ -1,0 +1,203 @@
+"""Bits of each layer's weights, chosen to fit a budget: measured noise, an exact front, one point of it.
+
+The noise that a layer's weights make at the model's output is measured for each choice of bits, that layer alone; the noises of
+layers are taken to add up, as HAWQ and its successors do (Dong et al. 2020). Which choices cost least for each total noise is a
+multiple-choice knapsack: all points that no other one beats are found by adding layer after layer and dropping what is beaten.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from edgekit.compress.capture import Graph
+from edgekit.compress.ptq.plan import Batches, make_plan, weight_bits
+from edgekit.compress.ptq.sensitivity import Switched, first_samples, sqnr_db
+from edgekit.compress.ptq.settings import PTQ, Mixed, WeightType, bits_of, stored_bits
+from edgekit.compress.ptq.simulate import simulate, taps
+from edgekit.compress.ptq.units import Unit, find_units, weight_of
+from edgekit.data import Data, batches
+from edgekit.errors import DataError, InputError
+
+__all__ = ["Point", "choose_bits", "front"]
+
+_STEPS = 20_000
+"""Costs are rounded up to so many parts of the largest total, so that a front of many layers stays small."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A choice that no other one beats: its cost, its noise, and for each layer the number of its choice."""
+
+    cost: float
+    noise: float
+    choice: tuple[int, ...]
+
+
+def front(costs: Sequence[Sequence[float]], noises: Sequence[Sequence[float]]) -> list[Point]:
+    """All choices, one for each layer, that no other beats in both total cost and total noise; cheapest first.
+
+    Args:
+        costs, noises: for each layer the cost and the noise of each of its choices.
+
+    Exact where all costs are multiples of ``largest total / 20000``; else costs are rounded up to such multiples while points are
+    compared, so what is returned never costs more than it says.
+    """
+    unit = sum(max(c) for c in costs) / _STEPS
+    points = [Point(0.0, 0.0, ())]
+    for cost, noise in zip(costs, noises, strict=True):
+        grown = [
+            Point(p.cost + c, p.noise + n, (*p.choice, i))
+            for p in points
+            for i, (c, n) in enumerate(zip(cost, noise, strict=True))
+        ]
+        grown.sort(key=lambda p: (p.cost, p.noise))
+        points, best, last = [], float("inf"), -1.0
+        for p in grown:
+            if p.noise < best:
+                if points and len(grown) > _STEPS and p.cost - last < unit:
+                    continue
+                points.append(p)
+                best, last = p.noise, p.cost
+    return points
+
+
+def choose_bits(
+    graph: Graph, settings: PTQ, data: Data, stream: Batches, progress: Callable[[int, int], None] | None = None
+) -> tuple[PTQ, dict[str, object]]:
+    """The settings with a scope for each layer, and what was decided (the front, the point, its prediction).
+
+    Raises:
+        InputError: even the fewest bits of ``choices`` are over the budget.
+        DataError: ``max_accuracy_drop`` without labelled training samples.
+    """
+    how = settings.mixed
+    assert how is not None
+    units, unquantized = find_units(graph, settings.skip, stored_bits(settings.activations))
+    layers = [u for u in units if u.weight is not None]
+    choices = _choices(layers, units, settings, how)
+    noises: dict[str, list[float]] = {u.name: [] for u in layers}
+    samples = first_samples(graph, stream, how.samples)
+    plans = {}
+    for kind in sorted({c for found in choices.values() for c in found}, key=bits_of, reverse=True):
+        everywhere: dict[str, WeightType] = {".*": kind}
+        plans[kind] = make_plan(graph, units, unquantized, replace(settings, scopes=everywhere, mixed=None), stream)
+        model = Switched(graph, plans[kind], samples)
+        for u in layers:
+            if kind in choices[u.name]:
+                noises[u.name].append(model.noise([u.name], ()))
+                if progress:
+                    progress(sum(map(len, noises.values())), sum(map(len, choices.values())))
+    in_order = [[c for c in plans if c in choices[u.name]] for u in layers]
+    weights = [weight_of(graph, u)[0].numel() for u in layers]
+    size = [[w * bits_of(c) / 8 for c in found] for w, found in zip(weights, in_order, strict=True)]
+    macs = _macs(graph, layers, samples[0])
+    zeros = [model.plan.activations[u.inputs[0].name].zero_point for u in layers]
+    bops = [
+        [m * bits_of(c) * float(_levels(zero, settings)) for c in found]
+        for m, zero, found in zip(macs, zeros, in_order, strict=True)
+    ]
+    cost = bops if how.bops is not None else size
+    whole = sum(m * 64.0 for m in macs) if how.bops is not None else float(sum(weights))
+    points = front(cost, [noises[u.name] for u in layers])
+    point = _picked(graph, settings, how, data, points, whole, layers, in_order, stream)
+    bits = {u.name: found[i] for u, found, i in zip(layers, in_order, point.choice, strict=True)}
+    scopes: dict[str, WeightType] = {**settings.scopes, **{re.escape(name): kind for name, kind in bits.items()}}
+    record: dict[str, object] = {
+        "budget": "bops" if how.bops is not None else "size" if how.size is not None else "accuracy",
+        "cost_share": round(point.cost / whole, 4),
+        "predicted_db": round(sqnr_db(model.signal, point.noise), 2),
+        "front": [{"cost_share": round(p.cost / whole, 4), "predicted_db": round(sqnr_db(model.signal, p.noise), 2)}
+                  for p in _thinned(points, 60)],
+    }  # fmt: skip
+    return replace(settings, scopes=scopes, mixed=None), record
+
+
+def _choices(layers: Sequence[Unit], units: Sequence[Unit], settings: PTQ, how: Mixed) -> Mapping[str, tuple[WeightType, ...]]:
+    """What each layer may choose from: one thing where a scope or ``keep_first_last_8bit`` says so."""
+    fixed = weight_bits(units, replace(settings, weights="int2", mixed=None))
+    other = weight_bits(units, replace(settings, weights="int4", mixed=None))
+    kinds: dict[int, WeightType] = {8: "int8", 4: "int4", 2: "int2"}
+    return {u.name: how.choices if fixed[u.name] != other[u.name] else (kinds[fixed[u.name]],) for u in layers}
+
+
+def _levels(zero_point: int, settings: PTQ) -> int:
+    """Bits of an activation: few where its zero point says so."""
+    few = bits_of(settings.activations)
+    return few if few < 8 and zero_point == 127 - ((1 << few) - 1) else stored_bits(settings.activations)
+
+
+def _macs(graph: Graph, layers: Sequence[Unit], batch: tuple[torch.Tensor, ...]) -> list[int]:
+    """Multiply-accumulates of each layer for one sample."""
+    one = tuple(t[:1] for t in batch)
+    found = taps(graph.module, [u.nodes[0].name for u in layers], one)
+    return [found[u.nodes[0].name].numel() * weight_of(graph, u)[0][0].numel() for u in layers]
+
+
+def _picked(
+    graph: Graph, settings: PTQ, how: Mixed, data: Data, points: Sequence[Point], whole: float, layers: Sequence[Unit],
+    in_order: Sequence[Sequence[WeightType]], stream: Batches,
+) -> Point:  # fmt: skip
+    """The point of least noise within the budget, or the cheapest within the accuracy."""
+    share = how.bops if how.bops is not None else how.size
+    if share is not None:
+        within = [p for p in points if p.cost <= share * whole * (1 + 1e-9)]
+        if not within:
+            least = points[0].cost / whole
+            raise InputError(
+                f"mixed: the fewest bits allowed make {least:.3f} of int8's {'bit operations' if how.bops else 'bytes'}, more "
+                f"than {share}; raise the budget, add choices, or set keep_first_last_8bit: false"
+            )
+        return min(within, key=lambda p: p.noise)
+    assert how.max_accuracy_drop is not None
+    score = _scorer(graph, settings, how, data, layers, in_order, stream)
+    least = score(None) - how.max_accuracy_drop
+    low, high = 0, len(points) - 1  # accuracy is taken to rise along the front
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if score(points[middle]) >= least else (middle + 1, high)
+    return points[high]
+
+
+def _scorer(
+    graph: Graph, settings: PTQ, how: Mixed, data: Data, layers: Sequence[Unit], in_order: Sequence[Sequence[WeightType]],
+    stream: Batches,
+) -> Callable[[Point | None], float]:  # fmt: skip
+    """A point's task metric (None: the float model's) on labelled training samples."""
+    if data.training is None:
+        raise DataError(
+            "mixed: max_accuracy_drop needs labelled samples; return Data(..., training=(x, y)) from the data factory"
+        )
+    xs, ys, count = [], [], 0
+    for batch in batches(data.training, 64 if graph.dynamic_batch else 1, what="training"):
+        *inputs, y = batch
+        xs.append(tuple(inputs))
+        ys.append(y)
+        count += len(y)
+        if count >= how.labelled:
+            break
+    labels = torch.cat(ys)
+    units, unquantized = find_units(graph, settings.skip, stored_bits(settings.activations))
+
+    def score(point: Point | None) -> float:
+        module: torch.nn.Module = graph.module
+        if point is not None:
+            named = {re.escape(u.name): found[i] for u, found, i in zip(layers, in_order, point.choice, strict=True)}
+            made = make_plan(graph, units, unquantized, replace(settings, scopes=named, mixed=None), stream)
+            module = simulate(graph, made)
+        with torch.no_grad():
+            outputs = torch.cat([module(*x) for x in xs])
+        if callable(data.metric):
+            return float(data.metric(outputs, labels))
+        return 100 * float((outputs.flatten(1).argmax(1) == labels).float().mean())
+
+    return score
+
+
+def _thinned(points: Sequence[Point], most: int) -> list[Point]:
+    step = max(1, -(-len(points) // most))
+    kept = list(points[::step])
+    return kept if kept[-1] is points[-1] else [*kept, points[-1]]

@@ -178,3 +178,50 @@ def test_a_mean_is_within_one_of_the_exact_one(count: int, s: float, t: float, z
     made = program(layer, shape=x.shape, i=(s, z), o=(t, w))
     exact = np.clip(np.rint((x.astype(np.float64) - z).mean((2, 3)) * s / t) + w, -128, 127)
     assert np.abs(computed(made, x).reshape(1, 3) - exact).max() <= 1
+
+
+POOL = {"kernel": [3, 2], "stride": [2, 2], "padding": [0, 0], "ceil_mode": False}
+
+
+@pytest.mark.parametrize("kind", ["AVERAGE_POOL_2D", "MAX_POOL_2D"])
+def test_pools_against_tflm(kind: str) -> None:
+    """TFLM's average rounds the quotient of integers, ties away from zero; here it is a fixed-point product, within one of it."""
+    tflm = pytest.importorskip("tflm", reason="tflite-micro is not installed")
+    q = (0.05, -8)
+    average = FrozenOp(
+        "qavg_pool2d", 1, {}, in_scale=q[0], in_zp=q[1], out_scale=q[0], out_zp=q[1], **POOL, count_include_pad=True
+    )
+    maximum = FrozenOp("qmax_pool2d", 1, {}, scale=q[0], zero_point=q[1], **POOL, dilation=[1, 1])
+    layer = average if kind == "AVERAGE_POOL_2D" else maximum
+    x = np.random.default_rng(0).integers(-128, 128, (1, 16, 9, 8)).astype(np.int8)
+    ours = computed(program(layer, shape=x.shape, i=q, o=q), x)
+    options = {"Pool2DOptions": {"padding": 1, "strideH": 2, "strideW": 2, "filterHeight": 3, "filterWidth": 2}}
+    theirs = tflm.run_one(kind, options, [tflm.T((1, 9, 8, 16), *q)], tflm.T(ours.shape, *q), [x.transpose(0, 2, 3, 1)])
+    gap = np.abs(ours.astype(int) - theirs)
+    assert gap.max() <= (1 if kind == "AVERAGE_POOL_2D" else 0) and (gap > 0).mean() < 0.1 and len(np.unique(ours)) > 40
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+def test_concatenation_equals_tflm(dim: int) -> None:
+    tflm = pytest.importorskip("tflm", reason="tflite-micro is not installed")
+    q = (0.05, -8)
+    chance = np.random.default_rng(0)
+    x, y = (chance.integers(-128, 128, (1, 5, 6, 7)).astype(np.int8) for _ in range(2))
+
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qa, self.qb = (FrozenOp("quantize", 1, {}, scale=q[0], zero_point=q[1], bits=8) for _ in range(2))
+            self.op = FrozenOp("qconcat", 0, {}, scales=[q[0]] * 2, zero_points=[q[1]] * 2, out_scale=q[0], out_zp=q[1], dim=dim)
+            self.real = FrozenOp("dequantize", 1, {}, scale=q[0], zero_point=q[1])
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return self.real(self.op(self.qa(a), self.qb(b)))
+
+    taps, _ = simulate(prepare(freeze_module(Joined(), (torch.zeros(x.shape),) * 2), "portable"), [x, y])
+    axis = {1: 3, 3: 2}[dim]  # channels last there
+    inputs = [tflm.T((1, 6, 7, 5), *q), tflm.T((1, 6, 7, 5), *q)]
+    last = [v.transpose(0, 2, 3, 1) for v in (x, y)]
+    shape = np.concatenate(last, axis).shape
+    theirs = tflm.run_one("CONCATENATION", {"ConcatenationOptions": {"axis": axis}}, inputs, tflm.T(shape, *q), last)
+    assert np.array_equal(taps["op"].transpose(0, 2, 3, 1), theirs)

@@ -17,7 +17,9 @@
  *
  * Weight arrays: aligned to 16 and readable up to a multiple of 4 bytes (round the array up; the content of the rest is free).
  * Scratch: aligned to 16; sizes are those of edgekit.firmware_sim.kernels: conv2d_scratch(), .... NULL where that is 0. Contents are free.
- * x, y and scratch do not overlap, except where a kernel is marked "in place": there y may equal x (or a).
+ * x, y and scratch do not overlap, with two exceptions. A kernel marked "in place": there y may equal x (or a). Weighted layers without
+ * groups, pools and means go through x from its beginning, so y may lie over x if it starts far enough below: by what
+ * targets/cortex_m/trails.py computes from the order of their reads and writes. Change that order and you change those distances.
  */
 #ifndef EDGEKIT_H
 #define EDGEKIT_H

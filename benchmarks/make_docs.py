@@ -7,10 +7,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import firmware_docs
+
 from edgekit.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
-TITLES = {"resnet20": "ResNet-20 (CIFAR-10)", "resnet8": "ResNet-8 (CIFAR-10)", "dscnn": "DS-CNN (keywords)"}
+TITLES = {
+    "resnet20": "ResNet-20 (CIFAR-10)",
+    "resnet8": "ResNet-8 (CIFAR-10)",
+    "dscnn": "DS-CNN (keywords)",
+    "mobilenet": "MobileNetV1-0.25 (96 x 96)",
+    "autoencoder": "auto-encoder (sound)",
+    "resnet8_w4a8": "ResNet-8, int4 weights",
+    "dscnn_w4a8": "DS-CNN, int4 weights",
+}
 Row = Mapping[str, Any]
 
 
@@ -208,7 +218,13 @@ def _unique(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {"ptq": ptq, "latency": latency, "overhead": overhead, "memory": memory}
+SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
+    "ptq": ptq,
+    "latency": latency,
+    "overhead": overhead,
+    "memory": memory,
+    "firmware": lambda rows: firmware_docs.firmware(rows, TITLES),
+}
 
 
 if __name__ == "__main__":

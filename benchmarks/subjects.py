@@ -97,17 +97,28 @@ def compressed(net: Subject, bits: int, seed: int = 0) -> FrozenProgram:
 KEY = ("model", "variant", "target", "weight_bits", "activation_bits", "seed")
 
 
-def write(name: str, rows: Sequence[Mapping[str, Any]], notes: Iterable[str] = (), keep: bool = False) -> None:
-    """Write ``results/<name>.json``; ``keep``: earlier rows of other models, bits or seeds stay, and so does their command."""
+def write(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    notes: Iterable[str] = (),
+    keep: bool = False,
+    key: Sequence[str] = KEY,
+    whole: str = "",
+) -> None:
+    """Write ``results/<name>.json``; ``keep``: earlier rows with another ``key`` stay, and so does their command.
+
+    Args:
+        whole: the command that makes all rows, recorded instead of those that made some of them each (rows that repeat exactly).
+    """
     command, path = " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]), RESULTS / f"{name}.json"
     if keep and path.is_file():
         earlier = json.loads(path.read_text())
-        new = {tuple(r.get(k) for k in KEY): r for r in rows}
-        merged = [new.pop(tuple(r.get(k) for k in KEY), r) for r in earlier["rows"]]
+        new = {tuple(r.get(k) for k in key): r for r in rows}
+        merged = [new.pop(tuple(r.get(k) for k in key), r) for r in earlier["rows"]]
         rows = [*merged, *new.values()]
         command = earlier["command"] if earlier["command"].endswith(command) else f"{earlier['command']}; then {command}"
     known = {**environment.describe(), "threads": 1}
-    value = {"rows": list(rows), "environment": known, "command": command, "notes": list(notes)}
+    value = {"rows": list(rows), "environment": known, "command": whole or command, "notes": list(notes)}
     write_json(path, json.loads(json.dumps(value, default=float)))
 
 

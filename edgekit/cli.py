@@ -276,8 +276,9 @@ def setup_sim(
 
     if system != "arm64":
         raise InputError(f"system {system!r} is unknown; there is: arm64")
-    with console.progress_bars(quiet=json) as progress:
-        found = arm64_root.setup(runtime, apt_sources, progress=progress)
+    with console.progress_bars(quiet=json) as bars:
+        said = None if json else lambda what, done, total: None if done else print(f"{what} ...", file=sys.stderr)
+        found = arm64_root.setup(runtime, apt_sources, progress=bars or said)
     if json:
         console.print_json(found)
         return

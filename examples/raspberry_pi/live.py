@@ -83,6 +83,10 @@ class Rolling:
 
     def __call__(self, logits: Array) -> tuple[str, float, dict[str, float]]:
         """The likeliest label, its confidence, and all of them."""
+        if len(logits) != len(self.labels):
+            sys.exit(
+                f"the network has {len(logits)} outputs, there are {len(self.labels)} labels; give a file of them by --labels"
+            )
         e = np.exp(logits - logits.max())
         self.kept.append(e / e.sum())
         mean = np.mean(np.stack(self.kept), 0)
@@ -92,7 +96,10 @@ class Rolling:
 
 def labels(path: Path | None, default: Sequence[str]) -> tuple[str, ...]:
     """The lines of a file, or the default."""
-    return tuple(path.read_text().split()) if path else tuple(default)
+    try:
+        return tuple(path.read_text().split()) if path else tuple(default)
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"--labels: {error}")
 
 
 class Screen(Protocol):

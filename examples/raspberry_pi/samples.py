@@ -7,9 +7,9 @@ synthetic motions. ``source()`` says which it was. The machine of the anomaly de
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
-import sys
 import wave
 from functools import lru_cache
 from pathlib import Path
@@ -208,4 +208,6 @@ def record(folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("wrote", *record(Path(sys.argv[1] if len(sys.argv) > 1 else "recorded")))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("recorded"), help="where recorded input goes (recorded)")
+    print("wrote", *record(parser.parse_args().folder))

@@ -5,6 +5,7 @@ The networks learn from what every machine has (scikit-learn's digits, synthetic
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -144,6 +145,86 @@ def test_the_page_shows_predictions_as_they_come(live: str, tmp_path: Path) -> N
         assert stream.headers["Content-Type"] == "text/event-stream" and stream.readline().startswith(b"data: {")
 
 
+SENSORS = {
+    "picamera2": """
+import os, numpy as np
+class Picamera2:
+    def create_video_configuration(self, main): assert main == {"size": (640, 480), "format": "YUV420"}; return main
+    def configure(self, given): pass
+    def start(self): pass
+    def capture_array(self):  # 480 lines of luma, then both chromas
+        words = open(os.environ["RECORDED"] + "/digits/00_" + os.environ["DIGIT"] + ".pgm", "rb").read()
+        paper = np.frombuffer(words[-88 * 88:], np.uint8).reshape(88, 88).repeat(4, 0).repeat(4, 1)
+        frame = np.full((720, 640), 250, np.uint8)
+        frame[64:416, 144:496] = paper
+        return frame
+""",
+    "sounddevice": """
+import contextlib, os, threading, time, wave, numpy as np
+class PortAudioError(Exception): pass
+class InputStream(contextlib.AbstractContextManager):
+    def __init__(self, samplerate, channels, blocksize, dtype, callback):
+        assert (samplerate, channels, dtype) == (8000, 1, "float32")
+        with wave.open(os.environ["RECORDED"] + "/words.wav") as file:
+            sound = np.frombuffer(file.readframes(-1), "<i2").astype(np.float32) / 32768
+        def play():
+            for i in range(0, 10 * blocksize, blocksize):
+                callback(sound[i : i + blocksize, None], blocksize, None, None)
+                time.sleep(0.05)
+        threading.Thread(target=play, daemon=True).start()
+    def __exit__(self, *error): pass
+""",
+    "smbus2": """
+import csv, math, os
+class SMBus:
+    def __init__(self, bus):
+        assert bus == 1
+        with open(os.environ["RECORDED"] + "/motions.csv") as file:
+            self.rows = iter(list(csv.reader(file))[101:])  # running
+    def __enter__(self): return self
+    def __exit__(self, *error): pass
+    def write_byte_data(self, address, register, value):
+        assert address == 0x68 and (register, value) in ((0x6B, 0), (0x1B, 0x10), (0x1C, 0x10))
+    def read_i2c_block_data(self, address, register, length):
+        assert (address, register, length) == (0x68, 0x3B, 14)
+        x = [float(v) for v in next(self.rows)]
+        words = [round(v / 9.81 * 4096) for v in x[:3]] + [0] + [round(math.degrees(v) * 32.8) for v in x[3:]]
+        return [b for w in words for b in max(-32768, min(32767, w)).to_bytes(2, "big", signed=True)]
+""",
+}
+"""Stand-ins for the sensors' libraries, by what their documentation and the sensor's register map say."""
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "label"),
+    [("images", "picamera2", ""), ("keywords", "sounddevice", "a"), ("activity", "smbus2", "running")],
+)
+def test_a_sensor_is_used_where_it_is(name: str, module: str, label: str, made: Path, tmp_path: Path) -> None:
+    (tmp_path / f"{module}.py").write_text(SENSORS[module])
+    digit = next((made / "recorded" / "digits").glob("00_*")).stem.split("_")[1]
+    words = [str(DEMOS / f"{name}.py"), str(made / name / "model.tflite"), "--labels", str(made / "recorded" / "words.txt")]
+    given = {**os.environ, "PYTHONPATH": str(tmp_path), "RECORDED": str(made / "recorded"), "DIGIT": digit}
+    command = [sys.executable, *(words if name == "keywords" else words[:2])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=given)
+    try:
+        assert process.stdout is not None
+        rows = [line for _, line in zip(range(7 if name != "activity" else 2), process.stdout, strict=False)]
+    finally:
+        process.kill()
+        process.communicate()
+    assert any((label or digit) in row.split() for row in rows[1:]), rows
+
+
+def test_what_goes_to_a_device_is_python_3_9() -> None:
+    """The oldest Python that the runner takes."""
+    for name in ("live", "features", "sound", *INPUTS):
+        tree = ast.parse((DEMOS / f"{name}.py").read_text(), feature_version=(3, 9))
+        imported = {a.name.split(".")[0] for n in tree.body if isinstance(n, ast.Import) for a in n.names}
+        imported |= {str(n.module).split(".")[0] for n in tree.body if isinstance(n, ast.ImportFrom)}
+        assert imported <= {*sys.stdlib_module_names, "numpy", "live", "features", "sound"}
+        assert not any(k.arg == "strict" for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords)
+
+
 def test_what_is_missing_is_said_in_one_sentence(made: Path, tmp_path: Path) -> None:
     model = str(made / "images" / "model.tflite")
     for words, said in {
@@ -152,6 +233,9 @@ def test_what_is_missing_is_said_in_one_sentence(made: Path, tmp_path: Path) -> 
         ("activity.py", model): "no motion sensor: install smbus2, or give a recorded CSV file by --input",
         ("images.py", model, "--input", str(tmp_path)): "no images; make some with samples.py",
         ("keywords.py", model, "--input", str(DEMOS / "page.html")): "page.html: file does not start with RIFF id",
+        ("keywords.py", str(made / "keywords" / "model.tflite"), "--input", str(made / "recorded" / "words.wav")): (
+            "the network has 9 outputs, there are 11 labels; give a file of them by --labels"
+        ),
         ("images.py", str(tmp_path / "none.tflite")): "none.tflite",
         ("images.py", model, "--page", "http"): "give [HOST:]PORT with a free port",
     }.items():

@@ -13,7 +13,12 @@ from edgekit.errors import EdgekitError, InputError
 
 __all__ = ["examine", "show", "targets"]
 
-TOOLS = {"chromium": "draws the report page in a test"}
+TOOLS = {
+    "arm-none-eabi-gcc": "builds firmware (cortex-m0 to cortex-m55)",
+    "qemu-system-arm": "runs and measures firmware (devices qemu:mps2-an386, ...)",
+    "gcc": "builds the emulator's instruction counter",
+    "chromium": "draws the report page in a test",
+}
 """Programs that edgekit may use, and for what."""
 
 

@@ -87,91 +87,111 @@ class EmulatedBoard:
     ) -> Profile:
         """Instructions of one inference and of each layer, and memory.
 
-        Every sample is run on a board of its own that boots anew, the first one twice: ``settings`` of repeated runs and threads
-        mean nothing here.
+        Every sample is run on a board of its own that boots anew, the first one twice; threads, numbers of runs and seconds of
+        ``settings`` mean nothing here, and a note says so where they were given.
 
         Raises:
             UnsupportedError: the firmware needs more flash or RAM than the board has.
             FirmwareFault: it ended by a fault.
         """
         facts, firmware = host.built(Path(path).parent, on=self.board.name)
-        marks = [function for function, *_ in facts.steps]
-        batches = [_bytes(facts, inputs, i) for i in range(len(inputs[0]))]
-        counts = []
-        for i, data in enumerate([batches[0], *batches]):
-            counts.append(count(firmware, data, marks))
-            if progress:
-                progress(i + 1, len(batches) + 1)
-            if counts[-1].method != "plugin":
-                return self._by_timer(program, facts, firmware, target, data, counts[-1])
-        if (counts[0].total, counts[0].functions) != (counts[1].total, counts[1].functions):
-            raise EdgekitError(
-                f"{self.name}: two runs with the same sample executed {counts[0].total} and {counts[1].total} instructions"
-            )
-        totals = [sum(one.marks.values()) for one in counts[1:]]
-        first = counts[1]
-        figures = {
-            "boot_instructions": first.total - totals[0],
-            "library_instructions": sum(first.marks_library.values()),
-            **({"least_instructions": min(totals), "most_instructions": max(totals)} if len(set(totals)) > 1 else {}),
-        }
-        varies = (
-            f"; it depends on the data: {min(totals):,} to {max(totals):,} over {len(totals)} samples"
-            if len(set(totals)) > 1
-            else ""
-        )
-        method = (
-            "instructions counted in the emulator by address, from the first layer's entry to the last one's end, twice with the "
-            f"same result{varies}; an emulator has no cycles and no time"
-        )
-        layers = _layers(program, facts, first, totals[0])
-        return self._profile(program, facts, firmware, target, totals[0], layers, figures, first, method)
-
-    def _by_timer(
-        self, program: FrozenProgram, facts: Facts, firmware: Firmware, target: str, data: bytes, one: Counts
-    ) -> Profile:
-        """Without the plugin: two inferences less one, so that the boot falls out; no layers."""
-        two = count(firmware, data + data, plugin=False)
-        total = two.total - one.total
-        method = (
-            f"{one.note}; a boot with two inferences less a boot with one, input and output included, exact to two instructions"
-        )
-        return self._profile(program, facts, firmware, target, total, (), {"boot_instructions": one.total - total}, one, method)
-
-    def _profile(
-        self,
-        program: FrozenProgram,
-        facts: Facts,
-        firmware: Firmware,
-        target: str,
-        total: int,
-        layers: tuple[LayerCost, ...],
-        figures: Mapping[str, float],
-        counts: Counts,
-        method: str,
-    ) -> Profile:
-        sizes = memory.measure(firmware)
-        bytes_ = {
-            "flash_bytes": sizes.flash,
-            "flash_code_bytes": sizes.flash_code,
-            "flash_weights_bytes": sizes.flash_weights,
-            "ram_bytes": sizes.ram,
-            "arena_bytes": sizes.arena,
-            "arena_bound_bytes": facts.bound,
-            "static_ram_bytes": sizes.static_ram,
-            "stack_bytes": counts.result.stack_bytes,
-            "stack_reserved_bytes": sizes.stack,
-        }
+        cost = _counted(facts, firmware, program, [_bytes(facts, inputs, i) for i in range(len(inputs[0]))], progress)
         build = facts.build
-        notes = (f"{self.board.title}, {build.target}, {build.kernel_set} kernels, -{build.optimize}", NOTE)
+        what = f"{self.board.title}, {build.target}, {build.kernel_set} kernels, -{build.optimize}"
         return Profile(
-            device=self.name, target=target, file="", sha256="", unit="instructions", total=total, macs=facts.macs, layers=layers,
-            figures={**figures, **bytes_}, method=method, notes=notes,
+            device=self.name,
+            target=target,
+            file="",
+            sha256="",
+            unit="instructions",
+            total=cost.total,
+            macs=facts.macs,
+            layers=cost.layers if settings.per_layer else (),
+            figures={**cost.figures, **_memory(facts, firmware)},
             fits=tuple(fits(program, build, firmware)),
-        )  # fmt: skip
+            method=cost.method,
+            notes=(what, NOTE, *_unused(settings)),
+        )
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What boots of a firmware took; ``total`` and ``layers`` are of one inference."""
+
+    total: int
+    layers: tuple[LayerCost, ...]
+    figures: Mapping[str, int]
+    method: str
+
+
+def _counted(
+    facts: Facts,
+    firmware: Firmware,
+    program: FrozenProgram,
+    samples: Sequence[bytes],
+    progress: Callable[[int, int], None] | None,
+) -> _Cost:
+    """Each sample on a board that boots anew, the first one twice, which must give the same."""
+    marks = [function for function, *_ in facts.steps]
+    counts = []
+    for i, data in enumerate([samples[0], *samples]):
+        counts.append(count(firmware, data, marks))
+        if counts[-1].method != "plugin":
+            return _timed(firmware, data, counts[-1])
+        if progress:
+            progress(i + 1, len(samples) + 1)
+    again, first = counts[:2]
+    if (again.total, again.functions) != (first.total, first.functions):
+        raise EdgekitError(
+            f"{firmware.board.name}: two runs with the same sample executed {again.total} and {first.total} instructions"
+        )
+    totals = [sum(one.marks.values()) for one in counts[1:]]
+    figures = {
+        "boot_instructions": first.total - totals[0],
+        "library_instructions": sum(first.marks_library.values()),
+        "stack_bytes": max(one.result.stack_bytes for one in counts),
+    }
+    varies = ""
+    if len(set(totals)) > 1:
+        figures |= {"least_instructions": min(totals), "most_instructions": max(totals)}
+        varies = f"; it depends on the data: {min(totals):,} to {max(totals):,} over {len(totals)} samples"
+    method = (
+        "instructions counted in the emulator by address, from the first layer's entry to the last one's end, twice with the "
+        f"same result{varies}; an emulator has no cycles and no time"
+    )
+    return _Cost(totals[0], _layers(program, facts, first, totals[0]), figures, method)
+
+
+def _timed(firmware: Firmware, data: bytes, one: Counts) -> _Cost:
+    """Without the plugin: a boot with two inferences less ``one`` with one, so that the boot falls out; no layers."""
+    two = count(firmware, data + data, plugin=False)
+    total = two.total - one.total
+    method = f"{one.note}; a boot with two inferences less a boot with one, input and output included, exact to two instructions"
+    return _Cost(total, (), {"boot_instructions": one.total - total, "stack_bytes": one.result.stack_bytes}, method)
+
+
+def _memory(facts: Facts, firmware: Firmware) -> dict[str, int]:
+    sizes = memory.measure(firmware)
+    return {
+        "flash_bytes": sizes.flash,
+        "flash_code_bytes": sizes.flash_code,
+        "flash_weights_bytes": sizes.flash_weights,
+        "ram_bytes": sizes.ram,
+        "arena_bytes": sizes.arena,
+        "arena_bound_bytes": facts.bound,
+        "static_ram_bytes": sizes.static_ram,
+        "stack_reserved_bytes": sizes.stack,
+    }
+
+
+def _unused(settings: Settings) -> list[str]:
+    """A note on settings that were given and mean nothing to an emulator that counts."""
+    usual, flags = Settings(), {"num_threads": "", "num_runs": "", "warmup_runs": "", "seconds": "min_secs"}
+    given = [flag or name for name, flag in flags.items() if getattr(settings, name) != getattr(usual, name)]
+    return [f"{', '.join(given)}: not used, every run on an emulated board takes the same instructions"] if given else []
 
 
 def _bytes(facts: Facts, inputs: Arrays, index: int) -> bytes:

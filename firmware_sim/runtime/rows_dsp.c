@@ -65,13 +65,42 @@ EK_NOINLINE void ek_rows_four(const ek_rows *restrict r, const uint32_t *columns
         rows_four(r, columns, y, y_stride, 1);
 }
 
+/* A group of 4-bit weights by the eight values in r5, r6, r8, r9; r11 is the mask of upper halves. */
+#define GROUP(w, acc)                                                                                                          \
+    "ldr r12, [" w "], #4\n and lr, r11, r12, lsl #4\n and r12, r11\n sxtb16 r7, lr\n sxtb16 lr, lr, ror #8\n"                   \
+    "smlad " acc ", r7, r5, " acc "\n smlad " acc ", lr, r6, " acc "\n sxtb16 r7, r12\n sxtb16 r12, r12, ror #8\n"              \
+    "smlad " acc ", r7, r8, " acc "\n smlad " acc ", r12, r9, " acc "\n"
+
+/* Rows of 4-bit weights two by two, without unpacking them to memory; how many were done. */
+EK_NOINLINE static uint32_t packed_pairs(const ek_rows *restrict r, const int8_t *column, int8_t *restrict y) {
+    const uint32_t groups = (r->k + 7) >> 3;
+    uint32_t o = 0;
+    for (; o + 2 <= r->out_n; o += 2) {
+        register const int8_t *w0 __asm("r0") = r->weights + o * r->row_bytes;
+        register const int8_t *w1 __asm("r1") = w0 + r->row_bytes;
+        register const int8_t *q __asm("r2") = column;
+        register int32_t a0 __asm("r3") = ek_up(r->bias[o], 4);
+        register int32_t a1 __asm("r4") = ek_up(r->bias[o + 1], 4);
+        register uint32_t n __asm("r10") = groups;
+        register uint32_t mask __asm("r11") = 0xf0f0f0f0u;
+        __asm volatile("1: ldrd r5, r6, [r2], #8\n ldrd r8, r9, [r2], #8\n" GROUP("r0", "r3") GROUP("r1", "r4")
+                       "subs r10, #1\n bne 1b\n"
+                       : "+r"(w0), "+r"(w1), "+r"(q), "+r"(a0), "+r"(a1), "+r"(n)
+                       : "r"(mask)
+                       : "r5", "r6", "r7", "r8", "r9", "r12", "lr", "cc", "memory");
+        y[o] = ek_finish(a0 >> 4, r->multiplier[o], r->shift[o], r);
+        y[o + 1] = ek_finish(a1 >> 4, r->multiplier[o + 1], r->shift[o + 1], r);
+    }
+    return o;
+}
+
 #define SHORT(i, acc) y[o + i] = ek_short(acc, multiplier[i], ek_short_round(twice, shift[i]), -shift[i])
 EK_NOINLINE void ek_rows_one(const ek_rows *restrict r, const int8_t *column, int8_t *restrict y) {
     const uint32_t blocks = (r->k + 3) >> 2;
     const int32_t twice = 2 * r->zero + 1;
     const uint32_t whole = r->out_n & ~3u;
     const int down = 8 - r->bits;
-    uint32_t o = 0;
+    uint32_t o = r->bits == 4 ? packed_pairs(r, column, y) : 0;
     for (; o < whole; o += 4) {
         uint32_t gap;
         register const int8_t *w __asm("r0") = fetch(r, o, 4, &gap);

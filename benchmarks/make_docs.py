@@ -175,6 +175,37 @@ def memory(rows: Sequence[Row]) -> str:
     )  # fmt: skip
 
 
+def devices(rows: Sequence[Row]) -> str:
+    """Runtimes side by side on the same program, and what measuring and sending cost."""
+    lines = ["## The three runtimes on the same program", "", _RUNTIMES, ""]
+    lines += [
+        "| network | numbers | runtime | device | µs | p90 | over the fastest | load ms |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in (r for r in rows if r["part"] == "runtimes"):
+        cells = [TITLES[r["model"]], r["variant"], r["runtime"], r["device"], f"{r['latency_us']:.1f}", f"{r['p90_us']:.1f}"]
+        lines.append("| " + " | ".join([*cells, f"{r['over_fastest']:.2f}", f"{r['load_ms']:.1f}"]) + " |")
+    lines += ["", "### What measuring and sending cost", ""]
+    for r in rows:
+        if r["part"] == "overhead":
+            ratio = _bounded(r["overhead_ratio"], r["overhead_ratio_bound"], "{:.3f}", least=False)
+            lines.append(f"* {TITLES[r['model']]}, {r['target']}: a profile's time over a bare loop's: {ratio} (at most 1.03)")
+        elif r["part"] == "upload":
+            ratio = _bounded(r["upload_ratio"], r["upload_ratio_bound"], "{:.2f}", least=False)
+            lines.append(f"* {r['megabytes']} MB over ssh: {r['upload_s']} s, scp {r['scp_s']} s, ratio {ratio} (at most 1.3)")
+        elif r["part"] == "leaks":
+            left = [f"{v} {k.removeprefix('left_')}" for k, v in r.items() if k.startswith("left_")]
+            lines.append(f"* {r['calls']} profiles in a row, {r['device']}: left behind {', '.join(left)}")
+    return "\n".join(lines)
+
+
+_RUNTIMES = """
+Files of one frozen program, one thread, one process, a call of each in turn; the median, and the median ratio to the fastest of
+the group. int4 stands only where the file stores four bits. Times are of a shared machine and only good for comparison within a
+group.
+"""
+
+
 def _plain(title: str, text: str, rows: Sequence[Row], columns: Mapping[str, str], ratio: tuple[str, str, str]) -> str:
     key, bound, label = ratio
     lines = [title, "", text, "", "| " + " | ".join([*columns.values(), label]) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -224,6 +255,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "overhead": overhead,
     "memory": memory,
     "firmware": lambda rows: firmware_docs.firmware(rows, TITLES),
+    "devices": devices,
 }
 
 

@@ -95,6 +95,8 @@ def opened(name: str, where: Address, python: str = "python3") -> Connection:
     except OSError as error:
         errors.close()
         raise MissingTool(f"{name}: the OpenSSH client cannot be started ({error.strerror}); install openssh-client") from error
+    assert process.stdin is not None
+    agent.widen(process.stdin.fileno())
     connection = Connection(name, where, process, errors)
     try:  # the command reads two lines, then Python its program
         source = Path(agent.__file__).read_bytes()

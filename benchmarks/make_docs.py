@@ -249,8 +249,36 @@ def _unique(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
+def ptq_front(rows: Sequence[Row]) -> str:
+    """Few-bit accuracy by network and width: one line for each method, the files behind it."""
+    lines = ["## Few bits after training", "", _FRONT]
+    for model, w, a in _unique((r["model"], r["weight_bits"], r["activation_bits"]) for r in rows):
+        mine = [r for r in rows if (r["model"], r["weight_bits"], r["activation_bits"]) == (model, w, a)]
+        lines += ["", f"{TITLES[model]}, {w}-bit weights, {a}-bit activations:", ""]
+        lines += ["| method | steps | frozen program, by seed | files | processor s | peak MB |", "|---|---|---|---|---|---|"]
+        for variant in _unique(r["variant"] for r in mine):
+            here = [r for r in mine if r["variant"] == variant]
+            frozen = [r for r in here if r["target"] == "frozen"]
+            accuracy = " / ".join(_bounded(r["accuracy"], r.get("accuracy_bound"), "{:.1f}", least=True) for r in frozen)
+            bounds = [f"at least {r['accuracy_bound']}" for r in frozen[:1] if "accuracy_bound" in r]
+            files = ", ".join(f"{r['target']} {r['accuracy']:.1f}" for r in here if r["target"] != "frozen" and r["seed"] == 0)
+            first = frozen[0]
+            lines.append(
+                f"| {variant} | {first['steps'] or ''} | {accuracy}{_brackets(bounds)} | {files} | {first['processor_s']:.0f} "
+                f"| {first['peak_memory_mb']} |"
+            )
+    return "\n".join(lines)
+
+
+_FRONT = """
+Methods of [ptq.md](ptq.md) on the samples of the examples' recipes, accuracy in percent of the 1000 test samples. The processor
+time is that of the whole compression; the memory that of its process, torch included.
+"""
+
+
 SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "ptq": ptq,
+    "ptq_front": ptq_front,
     "latency": latency,
     "overhead": overhead,
     "memory": memory,

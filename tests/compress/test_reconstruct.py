@@ -197,6 +197,24 @@ def test_samples_beyond_the_budget_are_on_disk_and_equal() -> None:
         assert store.used == 6 * 2 * 8 and "b" not in store
 
 
+def resident() -> int:
+    """Bytes of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def test_memory_stays_within_the_budget_whatever_the_samples() -> None:
+    before = resident()
+    with Store(1 << 20) as store:
+        large = store.new("a", (3000, 8, 32, 32))  # 98 MB
+        for start in range(0, 3000, 50):
+            large.write(start, torch.ones(50, 8, 32, 32))
+        for start in range(0, 3000, 50):
+            large.rows(torch.arange(start, start + 50))
+        assert large.on_disk and large.bytes > 90e6
+        assert resident() - before < 60e6
+
+
 def test_what_does_not_hold_on_held_out_samples_is_not_kept() -> None:
     nearest = plan_of(Modules, {})
     plan = plan_of(Modules, {"steps": 30, "learning_rate": 50.0, "learn_scales": False}, method="brecq")

@@ -25,7 +25,7 @@ from edgekit.targets import TARGETS, get
 
 __all__ = ["render", "write_report"]
 
-_RUNS = ("delegated", "int8", "float")
+_RUNS = ("delegated", "int8", "int16", "float")
 _STAGE_COLUMNS = (
     # field, heading, how, what it is
     ("metric", "", "measured", "task metric on the evaluation samples"),

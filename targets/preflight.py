@@ -181,8 +181,8 @@ def _problem(node: fx.Node, op: str, reason: str, remedy: str) -> Problem:
 
 def _layer(layer: Layer, target: str, source: str) -> Iterator[Problem]:
     bits = {int(layer.args[k]) for k in ("out_bits", "bits") if k in layer.args}
-    if bits - {8}:
-        remedy = "set activations: int8, or int8 for this layer by a scope"
+    if bits - ({8, 16} if target == "tflite" else {8}):
+        remedy = "set activations: int8; the target tflite takes int16"
         yield Problem(layer.name, layer.op, source, f"its activations have {max(bits)} bits, {target} takes 8", remedy)
     if target == "onnx":
         from edgekit.targets.onnx_rules import RULES

@@ -7,8 +7,11 @@ does; LiteRT's builtin kernels (packed INT4 convolutions) round twice and may di
     >>> run(artifact.path, [images])[0].shape
     (8, 10)
 
-Limits: 8-bit activations only; batch of one; weights of 4 bits packed for convolutions and linear layers, of 2 bits for linear
-layers, else stored as int8 (the artefact's coverage says which).
+Activations of 16 bits run on LiteRT's 16x8 kernels (:mod:`edgekit.targets.tflite_wide`), which keep 15 bits of a multiplier: up
+to 1 step of 65536 from the program, layer by layer.
+
+Limits: batch of one; weights of 4 bits packed for convolutions and linear layers, of 2 bits for linear layers, else stored as
+int8 (the artefact's coverage says which).
 """
 
 from __future__ import annotations
@@ -31,10 +34,14 @@ from edgekit.targets import tflite_facts as facts
 from edgekit.targets.tflite_convert import convert, quiet
 from edgekit.targets.tflite_file import Tensor, TfliteFile, parse, read
 from edgekit.targets.tflite_finish import finish
+from edgekit.targets.tflite_wide import is_wide, twin, widen
 
 __all__ = [
     "EXTRA", "SUFFIX", "Options", "available", "decode", "encode", "inspect", "lower", "readback", "run", "tap_file", "taps",
 ]  # fmt: skip
+
+_RANGES = {"INT8": (-128, 127), "INT16": (-32768, 32767)}
+"""Integer activations."""
 
 SUFFIX = ".tflite"
 EXTRA = "tflite"
@@ -45,7 +52,8 @@ class Options:
     """How the file is made.
 
     Attributes:
-        io: "int8": inputs and outputs are the program's integers; "float": the file quantizes and dequantizes itself.
+        io: "int8": inputs and outputs are the program's integers (int16 where it has 16 bits); "float": the file quantizes and
+            dequantizes itself.
         channel_last: image inputs are (1, H, W, C), which saves a transpose; else (1, C, H, W) as in the program.
         pack: store 4 and 2 bit weights packed where the runtime takes it; packed convolutions are smaller and slower.
     """
@@ -74,8 +82,13 @@ def lower(program: FrozenProgram, path: Path, options: Options | None = None) ->
     """
     options = options or Options()
     _refuse(program)
-    content = convert(program, options.channel_last)
-    content = finish(content, program, channel_last=options.channel_last, float_io=options.io == "float", packed=options.pack)
+    wide = is_wide(program)
+    made = twin(program) if wide else program
+    content = convert(made, options.channel_last)
+    content = finish(
+        content, made, channel_last=options.channel_last, float_io=options.io == "float", packed=options.pack and not wide
+    )
+    content = widen(content, program.name) if wide else content
     file = parse(content, Path(path).name)
     wrong = facts.compare(file, program)
     if wrong:
@@ -87,10 +100,11 @@ def lower(program: FrozenProgram, path: Path, options: Options | None = None) ->
 
 def _refuse(program: FrozenProgram) -> None:
     """What would fail unclearly in the converter."""
+    wide = is_wide(program)
     for layer in program.layers:
-        bits = max(int(layer.args.get("out_bits", 8)), int(layer.args.get("bits", 8)))
-        if bits > 8:
-            raise _unsupported(program, layer.name, f"has {bits}-bit activations", "quantize its activations to 8 bits")
+        if wide and (layer.out_zero_point or {layer.args[k] for k in ("out_bits", "bits") if k in layer.args} - {16}):
+            what = "does not have 16 bits with zero point 0 as other layers have"
+            raise _unsupported(program, layer.name, what, "set activations: int16 for the whole model, or int8")
         if layer.op == "qavg_pool2d" and any(layer.args["padding"]) and not layer.args["count_include_pad"]:
             kernel, stride, padding = (tuple(layer.args[k]) for k in ("kernel", "stride", "padding"))
             if stride != (1, 1) or any(k != 2 * p + 1 for k, p in zip(kernel, padding, strict=True)):
@@ -226,7 +240,7 @@ def encode(path: Path, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
         value, tensor = np.asarray(x), file.tensors[index]
         if last:
             value = value.transpose(0, 2, 3, 1)
-        if tensor.dtype == "INT8":
+        if tensor.dtype in _RANGES:
             value = _integers(value, tensor)
         encoded.append(np.ascontiguousarray(value, np.dtype(tensor.numpy_dtype)))
     return encoded
@@ -256,15 +270,15 @@ def _feed(interpreter: Any, file: TfliteFile, sample: Sequence[NDArray[Any]]) ->
 
 def _integers(value: NDArray[Any], tensor: Tensor) -> NDArray[Any]:
     """``edgekit::quantize``: float32 product with the reciprocal scale, half to even."""
-    if value.dtype == np.int8:
+    if value.dtype == np.dtype(tensor.numpy_dtype):
         return value
     scaled = np.rint(value.astype(np.float32) * np.float32(1.0 / (tensor.scale or 1.0)))
-    clipped: NDArray[Any] = np.clip(scaled + (tensor.zero_point or 0), -128, 127)
+    clipped: NDArray[Any] = np.clip(scaled + (tensor.zero_point or 0), *_RANGES[tensor.dtype])
     return clipped
 
 
 def _real(value: NDArray[Any], tensor: Tensor) -> NDArray[np.float32]:
-    if tensor.dtype == "INT8":
+    if tensor.dtype in _RANGES:
         value = (value.astype(np.float32) - np.float32(tensor.zero_point or 0)) * np.float32(tensor.scale or 1.0)
     return value.astype(np.float32)
 
@@ -287,7 +301,7 @@ def tap_file(path: Path, program: FrozenProgram) -> TapFile:
     """What :func:`taps` reads, for any runtime of these files: the file itself with its tensors kept."""
     file = read(path)
     channel_last = facts.layouts(file)
-    kept = [(x, t.index) for x in program.layers if (t := file.by_name.get(x.name)) is not None and t.dtype == "INT8"]
+    kept = [(x, t.index) for x in program.layers if (t := file.by_name.get(x.name)) is not None and t.dtype in _RANGES]
 
     def layers(results: Sequence[NDArray[Any]]) -> dict[str, NDArray[np.int8]]:
         pairs = zip(kept, results[len(file.outputs) :], strict=True)

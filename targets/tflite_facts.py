@@ -13,6 +13,7 @@ from edgekit.frozen import FrozenProgram, Layer
 from edgekit.frozen.ops import activation_bounds
 from edgekit.targets.tflite_file import Op, Tensor, TfliteFile, enum_names
 from edgekit.targets.tflite_finish import LAYOUTS, WEIGHTED
+from edgekit.targets.tflite_wide import is_wide
 
 __all__ = ["channel_last_inputs", "compare", "coverage", "layouts", "memory", "notes", "spec"]
 
@@ -37,14 +38,14 @@ def _by_owner(file: TfliteFile) -> dict[str, list[Op]]:
 
 def compare(file: TfliteFile, program: FrozenProgram) -> list[Mismatch]:
     """Every stored integer, scale, zero point and type that is not the frozen program's, in the program's order."""
-    ops = _by_owner(file)
+    ops, kind = _by_owner(file), _kind(program)
     found: list[Mismatch] = []
     for layer in program.layers:
         mine = ops.get(layer.name, [])
-        found += _activation(file, layer)
-        found += [Mismatch(layer.name, "type", f"{t.dtype} in {op.kind}", "INT8") for op, t in _islands(file, layer, mine)]
+        found += _activation(file, layer, kind)
+        found += [Mismatch(layer.name, "type", f"{t.dtype} in {op.kind}", kind) for op, t in _islands(file, layer, mine, kind)]
         if layer.weight_bits is not None:
-            found += _weighted(file, layer, mine)
+            found += _weighted(file, layer, mine, kind)
         table = next((t for t in file.tensors if t.name == f"{layer.name}/table"), None)
         if layer.op == "qlut" and table is not None:
             found += _array(layer, "table", table.values(), layer.args["table"].numpy())
@@ -57,25 +58,31 @@ def compare(file: TfliteFile, program: FrozenProgram) -> list[Mismatch]:
 
 def _made_integer(file: TfliteFile, program: FrozenProgram, ops: Mapping[str, list[Op]]) -> Iterator[Mismatch]:
     """Operators that the program has in float and the file computes in int8; moving integers instead of floats is the same."""
+    kind = _kind(program)
     quantizers = {layer.name for layer in program.layers if layer.op == "quantize"}
     names = {f"~{x.node}": x.name for x in program.float_layers}
     for owner, mine in ops.items():
         for op in mine if owner.startswith("~") or owner in quantizers else ():
             types = {t.dtype for t in file.activations(op)}
-            if op.kind not in ("QUANTIZE", "DEQUANTIZE", *_MOVING) and "INT8" in types:
-                yield Mismatch(names.get(owner, owner), "type", f"INT8 in {op.kind}", "FLOAT32")
+            if op.kind not in ("QUANTIZE", "DEQUANTIZE", *_MOVING) and kind in types:
+                yield Mismatch(names.get(owner, owner), "type", f"{kind} in {op.kind}", "FLOAT32")
 
 
-def _activation(file: TfliteFile, layer: Layer) -> Iterator[Mismatch]:
+def _kind(program: FrozenProgram) -> str:
+    """Schema name of the program's integer activations."""
+    return "INT16" if is_wide(program) else "INT8"
+
+
+def _activation(file: TfliteFile, layer: Layer, kind: str) -> Iterator[Mismatch]:
     if layer.op == "dequantize":
         return
     tensor = file.by_name.get(layer.name)
     if tensor is None:
         if layer.op not in _VIEWS:
-            yield Mismatch(layer.name, "output", "missing", f"an INT8 tensor of scale {layer.out_scale:.9g}")
+            yield Mismatch(layer.name, "output", "missing", f"an {kind} tensor of scale {layer.out_scale:.9g}")
         return
-    if tensor.dtype != "INT8":
-        yield Mismatch(layer.name, "output type", tensor.dtype, "INT8")
+    if tensor.dtype != kind:
+        yield Mismatch(layer.name, "output type", tensor.dtype, kind)
     scale = float(np.float32(layer.out_scale or 0.0))
     if tensor.scale != scale:
         yield Mismatch(layer.name, "output scale", f"{tensor.scale or 0.0:.9g}", f"{scale:.9g}")
@@ -83,18 +90,18 @@ def _activation(file: TfliteFile, layer: Layer) -> Iterator[Mismatch]:
         yield Mismatch(layer.name, "output zero point", str(tensor.zero_point), str(layer.out_zero_point))
 
 
-def _islands(file: TfliteFile, layer: Layer, ops: list[Op]) -> Iterator[tuple[Op, Tensor]]:
+def _islands(file: TfliteFile, layer: Layer, ops: list[Op], kind: str) -> Iterator[tuple[Op, Tensor]]:
     """Float activations inside a layer whose meaning is integer."""
     if layer.op in ("quantize", "dequantize"):
         return
     for op in ops:
         for tensor in file.activations(op):
-            if tensor.dtype not in ("INT8", "INT32", "BOOL"):
+            if tensor.dtype not in (kind, "INT32", "BOOL"):
                 yield op, tensor
                 return
 
 
-def _weighted(file: TfliteFile, layer: Layer, ops: list[Op]) -> Iterator[Mismatch]:
+def _weighted(file: TfliteFile, layer: Layer, ops: list[Op], kind: str) -> Iterator[Mismatch]:
     op = next((op for op in ops if op.kind in WEIGHTED and file.tensors[op.inputs[1]].data is not None), None)
     if op is None:
         kinds = ", ".join(o.kind for o in ops) or "no operator"
@@ -111,6 +118,10 @@ def _weighted(file: TfliteFile, layer: Layer, ops: list[Op]) -> Iterator[Mismatc
     yield from _array(layer, "weight zero point", weight.zero_points, np.zeros(len(weight.zero_points), np.int64))
     bias = layer.args["bias"].numpy().astype(np.int32)
     has_bias = len(op.inputs) > 2 and op.inputs[2] >= 0
+    wide = "INT64" if kind == "INT16" else "INT32"
+    if has_bias and file.tensors[op.inputs[2]].dtype != wide:
+        yield Mismatch(layer.name, "bias type", file.tensors[op.inputs[2]].dtype, wide)
+        return
     stored = file.tensors[op.inputs[2]].values() if has_bias else np.zeros_like(bias)  # the converter drops a bias of zeros
     yield from _array(layer, "bias", stored, bias)
     yield from _clamp(file, layer, op)
@@ -147,8 +158,10 @@ def _clamp(file: TfliteFile, layer: Layer, op: Op) -> Iterator[Mismatch]:
     activation = layer.args["activation"]
     if layer.out_scale is None or layer.out_zero_point is None or name not in ("none", "relu", "relu6"):
         return
-    found = activation_bounds(name, layer.out_scale, layer.out_zero_point)
-    wanted = activation_bounds(activation, layer.out_scale, layer.out_zero_point)
+    found, wanted = (
+        activation_bounds(a, layer.out_scale, layer.out_zero_point, int(layer.args.get("out_bits", 8)))
+        for a in (name, activation)
+    )
     if found != wanted:
         yield Mismatch(layer.name, "activation", f"{name}, clamped to {found}", f"{activation}, clamped to {wanted}")
 
@@ -160,7 +173,8 @@ def coverage(file: TfliteFile, program: FrozenProgram, delegated: frozenset[int]
     results = {getattr(node, "name", "") for node in output.args[0]}
     given = {user.name for node in body if node.op == "placeholder" for user in node.users}
     rows = [
-        _layer_row(file, layer, ops.pop(layer.name, []), delegated, layer.node in given | results) for layer in program.layers
+        _layer_row(file, layer, ops.pop(layer.name, []), delegated, layer.node in given | results, _kind(program).lower())
+        for layer in program.layers
     ]
     for x in program.float_layers:
         mine = ops.pop(f"~{x.node}", [])
@@ -174,11 +188,11 @@ def coverage(file: TfliteFile, program: FrozenProgram, delegated: frozenset[int]
     return tuple(rows)
 
 
-def _layer_row(file: TfliteFile, layer: Layer, ops: list[Op], delegated: frozenset[int], border: bool) -> Coverage:
+def _layer_row(file: TfliteFile, layer: Layer, ops: list[Op], delegated: frozenset[int], border: bool, integer: str) -> Coverage:
     if not ops:
         by_caller = border and layer.op in ("quantize", "dequantize")
-        note = "left to the caller: the file's input or output is int8" if by_caller else "merged into its neighbour"
-        return Coverage(layer.name, "", "int8", note=note)
+        note = f"left to the caller: the file's input or output is {integer}" if by_caller else "merged into its neighbour"
+        return Coverage(layer.name, "", integer, note=note)
     computing = [op for op in ops if op.kind != "QUANTIZE"] or ops
     main = next((op for op in ops if op.kind in WEIGHTED), computing[-1])
     storage, why = _storage(file, layer, main)
@@ -196,6 +210,8 @@ def _storage(file: TfliteFile, layer: Layer, op: Op) -> tuple[str, str]:
         return storage, f"INT4 {op.kind} runs on LiteRT's builtin kernels, slower than XNNPACK's int8{other}"
     if storage == "int2":
         return storage, "not on tflite-runtime 2.14"
+    if layer.weight_bits < 8 and int(layer.args.get("out_bits", 8)) > 8:
+        return storage, f"{layer.weight_bits}-bit weights stored as int8, as all beside 16-bit activations"
     if layer.weight_bits < 8:
         takes = "FULLY_CONNECTED only" if layer.weight_bits == 2 else "CONV_2D, DEPTHWISE_CONV_2D and FULLY_CONNECTED"
         return storage, f"{layer.weight_bits}-bit weights stored as int8 (INT{layer.weight_bits} is for {takes}, where asked for)"
@@ -207,7 +223,9 @@ def _runs(file: TfliteFile, ops: list[Op], delegated: frozenset[int]) -> str:
     crossing = ("QUANTIZE", "DEQUANTIZE")
     if any(op.kind not in crossing and any(t.dtype == "FLOAT32" for t in file.activations(op)) for op in ops):
         return "float"
-    return "delegated" if all(op.index in delegated for op in ops) else "int8"
+    if all(op.index in delegated for op in ops):
+        return "delegated"
+    return "int16" if any(t.dtype == "INT16" for op in ops for t in file.activations(op)) else "int8"
 
 
 def notes(file: TfliteFile, program: FrozenProgram) -> tuple[str, ...]:

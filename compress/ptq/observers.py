@@ -68,13 +68,14 @@ class Observer:
 def quantization_of(low: float, high: float, bits: int = 8, symmetric: bool = False) -> ActQ:
     """Scale and zero point for a range; zero is always exactly representable, and the scale is a float32 value.
 
-    A range that is never negative keeps the whole integer range for its positive part also when ``symmetric``.
+    A range that is never negative keeps the whole integer range for its positive part also when ``symmetric``. With 16 bits the
+    zero point is always 0, as kernels for them demand; half of the range of what is never negative is not missed.
     """
     low, high = min(low, 0.0), max(high, 0.0)
     qmin, qmax = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     if high == low:
         return ActQ(1.0, 0, bits)
-    if symmetric and low < 0:
+    if (symmetric and low < 0) or bits == 16:
         return ActQ(_float32(max(-low, high) / qmax), 0, bits)
     scale = _float32((high - low) / (qmax - qmin))
     return ActQ(scale, int(np.clip(round(qmin - low / scale), qmin, qmax)), bits)

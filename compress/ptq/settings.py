@@ -31,7 +31,7 @@ class Quantization:
 
     Attributes:
         weights: integer type of weights; per output channel (see ``per_channel``), symmetric.
-        activations: integer type of activations. int16 is defined by the frozen program; no shipped target takes it yet. int4
+        activations: integer type of activations. int16 (zero point 0) is taken by the target ``tflite`` alone. int4
             and int2: what ReLUs make and a weighted layer other than the last reads has 16 or 4 levels, stored as int8 (no
             smaller and no faster here); all else keeps int8, and is named.
         observer: how the range of an activation is chosen from calibration data. ``minmax``: the extremes; ``moving_average``:

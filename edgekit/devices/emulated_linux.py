@@ -56,9 +56,8 @@ def connect(spec: str) -> EmulatedLinux:
         raise MissingTool(
             f"device {spec!r}: {given.runtime} is not in the arm64 Linux; run: edgekit setup-sim arm64 --runtime {given.runtime}"
         )
-    kept = [word for word in spec.partition(":")[2].split("&") if word and word != f"cpu={_CPU}"]
-    name = ":".join(filter(None, (NAME, "&".join(sorted(kept)))))
-    # numpy's and torch's wheels belong to no runtime of their own, but are packages all the same
+    kept = [*([f"cpu={cpu}"] if cpu != _CPU else []), *([f"runtime={given.runtime}"] if given.runtime else [])]
+    name = ":".join(filter(None, (NAME, "&".join(kept))))
     wheels = {w: arm64_root.WHEELS[w].version for n in there for w in arm64_root.RUNTIMES[n]}
     machine = {"machine": "aarch64", "bits": 64, "python": "3.11", "packages": wheels, "processor": cpu}
     return EmulatedLinux(name, Here(command(cpu), environment()), given, machine, cpu)
@@ -115,6 +114,7 @@ class EmulatedLinux(Linux):
                 "an emulator has no clock: instructions are not time, and no latency is given",
                 "not by layer: the kernels have no names in the runtimes' wheels",
                 *(["one thread instead of the threads asked for"] if settings.num_threads != 1 else []),
+                *(["a sustained run shows heat and throttling, which an emulator has not; left out"] if settings.seconds else []),
             ),
         )  # fmt: skip
 

@@ -8,12 +8,13 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from edgekit.errors import InputError
 
-__all__ = ["content_sha256", "sha256", "write_json", "write_whole"]
+__all__ = ["joint_sha256", "sha256", "write_json", "write_whole"]
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
@@ -60,16 +61,12 @@ def sha256(path: Path) -> str:
     return total.hexdigest()
 
 
-def content_sha256(path: Path, suffix: str = "") -> str:
-    """Hex SHA-256 of an exported file: of its bytes, or, where it lies in a folder of its own, of all files in that folder.
-
-    Args:
-        suffix: the target's ``SUFFIX``; one with a slash names a folder.
-    """
-    if "/" not in suffix:
-        return sha256(path)
-    folder = Path(path).parents[suffix.count("/") - 1]
+def joint_sha256(paths: Sequence[Path]) -> str:
+    """Hex SHA-256 of several files: of the bytes of a single one, else of their names in the common folder and all bytes."""
+    if len(paths) == 1:
+        return sha256(paths[0])
+    base = Path(os.path.commonpath(paths))
     total = hashlib.sha256()
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        total.update(f"{file.relative_to(folder).as_posix()}\0{sha256(file)}\n".encode())
+    for path in sorted(paths):
+        total.update(f"{path.relative_to(base).as_posix()}\0{sha256(path)}\n".encode())
     return total.hexdigest()

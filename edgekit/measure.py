@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 
 from edgekit import devices
 from edgekit.errors import InputError
-from edgekit.files import content_sha256
 from edgekit.frozen import FrozenProgram, load
 from edgekit.profile import Profile, Settings, save
 from edgekit.stages import judged_on, load_stage
-from edgekit.targets import get
+from edgekit.targets import digest, get
 from edgekit.trace import write_trace
 
 __all__ = ["SAMPLES", "connected", "pairs", "profile_run", "samples"]
@@ -103,8 +102,8 @@ def profile_run(
             progress(what, 0, 0)
         with devices.naming(device):
             made = device.profile(path, target, program, settings, inputs, _named(progress, what))
-        digest = content_sha256(path, get(target).SUFFIX)
-        found.append(replace(made, file=path.relative_to(folder).as_posix(), sha256=digest, notes=(*made.notes, *notes)))
+        made = replace(made, file=path.relative_to(folder).as_posix(), notes=(*made.notes, *notes))
+        found.append(replace(made, sha256=digest(get(target), path)))
         if progress:
             progress(what, 1, 1)
     save(folder / "profile.json", *found)

@@ -447,7 +447,7 @@ def _compress(stages: Stages, settings: Recipe, loaded: Loaded) -> None:
 
 def _lower(stages: Stages, target: Target) -> None:
     """``model.<suffix>``, or the folder it is in, and ``export_<target>.json``."""
-    from edgekit.targets import get
+    from edgekit.targets import files, get
 
     module, frozen = get(target.name), stages.folder / "frozen.pt2"
     path, facts = stages.folder / f"model{module.SUFFIX}", f"export_{target.name}.json"
@@ -458,8 +458,7 @@ def _lower(stages: Stages, target: Target) -> None:
         _seed(0)
         artifact = module.lower(load(frozen), path, module.Options(**target.options))
         write_json(stages.folder / facts, {"options": target.options, **artifact.to_json()})
-        made = [path] if path.parent == stages.folder else sorted(p for p in path.parent.rglob("*") if p.is_file())
-        return [*(p.relative_to(stages.folder).as_posix() for p in made), facts]
+        return [*(p.relative_to(stages.folder).as_posix() for p in sorted(files(module, path))), facts]
 
     inputs = {"frozen": sha256(frozen), "options": asdict(module.Options(**target.options))}
     stages.cached(f"lower {target.name}", inputs, make)

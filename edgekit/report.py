@@ -15,13 +15,13 @@ from typing import Any
 
 from edgekit import analyze, profile_table
 from edgekit.errors import FormatError
-from edgekit.files import content_sha256, sha256, write_whole
+from edgekit.files import sha256, write_whole
 from edgekit.frozen import FloatLayer, FrozenProgram, load
 from edgekit.metrics import HUGE
 from edgekit.parity import ArtifactParity, Parity, Stage
 from edgekit.profile import Profile
 from edgekit.profile import load as load_profiles
-from edgekit.targets import TARGETS, get
+from edgekit.targets import TARGETS, digest, get
 
 __all__ = ["render", "write_report"]
 
@@ -268,7 +268,7 @@ def _analysis(folder: Path) -> dict[str, Any] | None:
 def _profile(found: Profile, folder: Path) -> dict[str, Any]:
     """What was measured of a file, as texts; ``stale`` if the file is no longer the one that was measured."""
     table, known = profile_table.layers(found), found.target in TARGETS and (folder / found.file).is_file()
-    fresh = known and content_sha256(folder / found.file, get(found.target).SUFFIX) == found.sha256
+    fresh = known and digest(get(found.target), folder / found.file) == found.sha256
     return {
         "title": profile_table.title(found),
         "columns": table.columns,

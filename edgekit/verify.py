@@ -33,7 +33,6 @@ from edgekit.data import Data
 from edgekit.devices import connect
 from edgekit.devices.target import OnDevice
 from edgekit.errors import EdgekitError, FormatError, InputError, MissingTool
-from edgekit.files import content_sha256
 from edgekit.frozen import FrozenProgram, load
 from edgekit.layer_parity import compare_layers
 from edgekit.metrics import metric_name, score
@@ -41,7 +40,7 @@ from edgekit.parity import ArtifactParity, Parity, Stage
 from edgekit.recipe import Verify
 from edgekit.stage_table import Arrays, stage_row
 from edgekit.stages import Evaluation, StageOutputs, judged_on, load_stage, spread
-from edgekit.targets import TARGETS, get, present
+from edgekit.targets import TARGETS, digest, get, present
 
 __all__ = ["verify_artifact", "verify_run"]
 
@@ -157,7 +156,7 @@ def verify_artifact(
         target=getattr(module, "target", name),
         device=module.device.name if isinstance(module, OnDevice) else "",
         file=path.name,
-        sha256=content_sha256(path, module.SUFFIX),
+        sha256=digest(module, path),
         stage=stage,
         layers=found.layers,
         untapped=tuple(x.name for x in program.layers if x.name not in tapped and x.op != "dequantize"),
@@ -265,9 +264,9 @@ def _still(folder: Path, artifact: ArtifactParity) -> bool:
     """The file is the one that was checked."""
     if artifact.target not in TARGETS:
         return False
-    suffix = get(artifact.target).SUFFIX
-    path = folder / f"model{suffix}"
-    return path.is_file() and content_sha256(path, suffix) == artifact.sha256
+    module = get(artifact.target)
+    path = folder / f"model{module.SUFFIX}"
+    return path.is_file() and digest(module, path) == artifact.sha256
 
 
 def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:

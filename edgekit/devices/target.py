@@ -9,6 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from edgekit import targets
 from edgekit.artifact import Artifact, Mismatch
 from edgekit.devices import naming
 from edgekit.frozen import FrozenProgram
@@ -33,6 +34,10 @@ class OnDevice:
     def SUFFIX(self) -> str:
         """The target's."""
         return str(get(self.target).SUFFIX)
+
+    def files(self, path: Path) -> list[Path]:
+        """The target's."""
+        return targets.files(get(self.target), path)
 
     def inspect(self, path: Path, program: FrozenProgram) -> Artifact:
         """The target's."""

@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from edgekit.errors import FirmwareFault, FormatError, InputError
 from edgekit.firmware_sim.boards import board
-from edgekit.firmware_sim.kernels import HEADERS, SEMIHOST, SOURCES
 from edgekit.firmware_sim.qemu import Result, run
 from edgekit.firmware_sim.toolchain import Firmware, Project, build
 from edgekit.frozen import FrozenProgram
 from edgekit.targets.cortex_m.preparation import from_stored, prepare, taps_of, to_stored
-from edgekit.targets.cortex_m.project import Facts, load
+from edgekit.targets.cortex_m.project import BUILT, Facts, load
 from edgekit.targets.cortex_m.reference import Int8
 
 __all__ = ["boot", "built", "outputs", "tapped"]
@@ -47,13 +46,7 @@ def built(folder: Path, *defines: str, on: str = "") -> tuple[Facts, Firmware]:
     if on:
         facts = replace(facts, build=replace(facts.build, board=on))
     total = hashlib.sha256()
-    for name in (
-        "model.c",
-        "model.h",
-        "main.c",
-        "model.json",
-        *(f"runtime/{n}" for n in (*HEADERS, *SOURCES, SEMIHOST, "link.ld.S")),
-    ):
+    for name in BUILT:
         if not (folder / name).is_file():
             raise FormatError(f"{folder}: {name} is missing; export the program again")
         total.update((folder / name).read_bytes())

@@ -17,10 +17,15 @@ from edgekit.targets.cortex_m.emit import model_c, model_h, step_name
 from edgekit.targets.cortex_m.graph import Firmware, Spec
 from edgekit.targets.cortex_m.preparation import specs
 
-__all__ = ["FORMAT", "Build", "Facts", "files", "load"]
+__all__ = ["BUILT", "FORMAT", "NAMES", "Build", "Facts", "files", "load"]
 
 FORMAT = 1
 """Version of ``model.json``."""
+
+BUILT = ("model.c", "model.h", "main.c", "model.json", *(f"runtime/{n}" for n in (*HEADERS, *SOURCES, SEMIHOST, "link.ld.S")))
+"""Files of a project that edgekit builds it from."""
+NAMES = (*BUILT, "Makefile", "CMakeLists.txt", "README.md")
+"""Every file of a project."""
 
 
 @dataclass(frozen=True)

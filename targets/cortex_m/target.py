@@ -22,7 +22,7 @@ from edgekit.targets.cortex_m import elf, host, readback
 from edgekit.targets.cortex_m.graph import Firmware, Spec
 from edgekit.targets.cortex_m.kernels import calls
 from edgekit.targets.cortex_m.preparation import prepare
-from edgekit.targets.cortex_m.project import Build, Facts, files, load
+from edgekit.targets.cortex_m.project import NAMES, Build, Facts, files, load
 
 __all__ = ["TARGETS", "CortexM", "Options"]
 
@@ -77,6 +77,10 @@ class CortexM:
     def available(self) -> str | None:
         """None if firmware can be built and run here, else what is missing."""
         return toolchain.available()
+
+    def files(self, path: Path) -> list[Path]:
+        """The project's files; what was built in its folder is none of them."""
+        return [Path(path).parent / name for name in NAMES]
 
     def home(self, path: Path) -> str:
         """The emulated board that the firmware of ``path`` was linked for, as a device."""

@@ -245,6 +245,21 @@ def test_an_arena_larger_than_the_board_is_said_in_bytes(finished: Path, tmp_pat
     assert tiny_recipe.content(folder) == before
 
 
+def test_what_is_built_in_the_folder_changes_nothing(run: Path) -> None:
+    """`make` leaves an ELF file and more there; what was found of the firmware still holds."""
+    subprocess.run(["make", "-s"], cwd=run / "model.cortex-m4", check=True, capture_output=True)
+    outcome = pipeline.verify(run, devices=["qemu:microbit"])
+    assert outcome.parity is not None and {a.target for a in outcome.parity.artifacts} == {"cortex-m0", "cortex-m4"}
+    pipeline.report(run)
+    assert "exported again after this was measured" not in (run / "report.html").read_text()
+    edit(run / "model.cortex-m4" / "main.c", "model_run", "model_run ")
+    outcome = pipeline.verify(run, devices=["qemu:microbit"])
+    assert outcome.parity is not None and {a.target for a in outcome.parity.artifacts} == {"cortex-m0"}
+    assert outcome.parity.unchecked == ("cortex-m4",)
+    pipeline.report(run)
+    assert "exported again after this was measured" in (run / "report.html").read_text()
+
+
 def test_a_fault_on_the_board_is_a_sentence(run: Path) -> None:
     """A stack that is too small for the network."""
     edit(run / "model.cortex-m4" / "model.json", r'"stack_bytes": 4096', '"stack_bytes": 64')

@@ -353,7 +353,7 @@ def _fixed(value: float | None, digits: int = 2) -> str:
 
 
 def _lsb(value: float) -> str:
-    return "not a number" if value >= HUGE else f"{value:.0f}" if value == round(value) else f"{value:.3g}"
+    return "not a number" if value >= HUGE else f"{value:,.0f}" if value == round(value) or value >= 1000 else f"{value:.3g}"
 
 
 def _times_smaller(before: int, after: int) -> str:

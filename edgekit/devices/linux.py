@@ -29,6 +29,7 @@ from edgekit.files import sha256
 from edgekit.frozen import FrozenProgram
 from edgekit.profile import Profile, Settings
 from edgekit.targets import get
+from edgekit.targets.cuts import cuts
 
 __all__ = ["Ended", "File", "Here", "Linux", "Options", "connected", "follow", "options"]
 
@@ -202,8 +203,21 @@ class Linux:
         """Times of one inference, memory, and the machine before and after."""
         sent = File(Path(path), target, get(target).encode(path, [x[:1] for x in inputs]))
         result, (times,) = self.ask("profile", [sent], settings, progress)
-        macs = program.macs
-        return timing.profile(self.name, target, macs, settings, result, times[0])
+        found = timing.profile(self.name, target, program.macs, settings, result, times[0])
+        return self._layered(found, Path(path), target, program, settings) if settings.per_layer else found
+
+    def _layered(self, found: Profile, path: Path, target: str, program: FrozenProgram, settings: Settings) -> Profile:
+        """The profile with its layers, each timed alone, in turn with the others."""
+        parts = cuts(path, target, program)
+        if not parts:
+            why = "this target's files cannot be cut into layers" if program.layers else "it has no integer layers to cut at"
+            return replace(found, notes=(*found.notes, f"No times of layers: the runtime tells none, and {why}."))
+        sent = [File(part.data, target, part.samples()) for part in parts]
+        try:
+            _, times = self.ask("profile", sent, replace(settings, seconds=None))
+        except EdgekitError as error:
+            return replace(found, notes=(*found.notes, f"No times of layers: timed alone, one of them failed ({error})."))
+        return timing.with_layers(found, parts, [t[0][0] for t in times], {x.name: x.macs for x in program.layers})
 
     def ask(
         self, action: str, files: Sequence[File], settings: Settings | None = None, progress: Progress | None = None

@@ -23,6 +23,7 @@ from edgekit.profile import Settings, load, save
 from edgekit.recipe import Verify
 from edgekit.stages import Evaluation
 from edgekit.targets import get
+from edgekit.targets.cuts import EMPTY, Cut
 from edgekit.verify import verify_artifact
 
 X = images(3).numpy()
@@ -81,6 +82,8 @@ def test_a_profile_is_written_and_read_back(
     assert found.macs == sum(layer.macs for layer in program.layers)
     assert "40 timed calls" in found.method and "1 thread" in found.method
     assert found.fingerprint["machine"]["num_threads"] == 1
+    assert [x.layer for x in found.layers if x.macs] == [x.name for x in program.layers if x.macs]
+    assert sum(x.share for x in found.layers) == pytest.approx(1) and "cut out of the file" in found.method
     save(tmp_path / "profile.json", found)
     assert load(tmp_path / "profile.json") == (found,)
 
@@ -111,6 +114,16 @@ def test_figures_and_notes_follow_from_the_times() -> None:
     for words in ("25 %", "after the run: throttled", "ondemand", "+50 %", "40 to 71 °C"):
         assert words in notes
     assert "virtual" not in notes and "Not pinned" not in notes
+
+
+def test_layers_are_timed_alone_less_an_empty_program() -> None:
+    whole = timing.profile("d", "onnx", 5, Settings(), RESULT, [np.full(9, 40_000, np.int64)])
+    parts = [Cut(name, "Conv", b"", ()) for name in (EMPTY, "a", "b", "c")]
+    times = [np.full(5, t, np.int64) for t in (3_000, 13_000, 33_000, 2_000)]
+    found = timing.with_layers(whole, parts, times, {"a": 7})
+    assert [(x.layer, x.microseconds, x.macs) for x in found.layers] == [("a", 10.0, 7), ("b", 30.0, 0), ("c", 0.0, 0)]
+    assert [x.share for x in found.layers] == [0.25, 0.75, 0.0]
+    assert "3 µs of a program that computes nothing; together 40 µs, 100 % of the whole" in found.method
 
 
 def interpreter(folder: Path, script: str) -> str:

@@ -89,7 +89,7 @@ def _measured(settings: recipe.Recipe, samples: int, worst: int, seed: int | Non
     from edgekit.compress.capture import capture
     from edgekit.compress.ptq.quantize import calibration_stream, check_patterns
     from edgekit.compress.ptq.sensitivity import sensitivity
-    from edgekit.compress.ptq.settings import Quantization
+    from edgekit.compress.ptq.settings import PTQ, Quantization
     from edgekit.data import sample_inputs
 
     blocks = [b for b in settings.compress if isinstance(b.settings, Quantization)]
@@ -105,6 +105,10 @@ def _measured(settings: recipe.Recipe, samples: int, worst: int, seed: int | Non
     graph = capture(model, sample_inputs(model, data))
     check_patterns(graph, how)
     stream = calibration_stream(graph, how, data)
+    if isinstance(how, PTQ) and how.mixed is not None:
+        from edgekit.compress.ptq.mixed import choose_bits
+
+        how, _ = choose_bits(graph, how, data, stream)
 
     def step(done: int, total: int) -> None:
         if progress:

@@ -108,6 +108,15 @@ def test_a_run_folder_gets_json_and_a_heat_map(tmp_path: Path) -> None:
         analyze.load(run)
 
 
+def test_bits_that_a_budget_chose_are_those_that_are_measured(tmp_path: Path) -> None:
+    recipe = tiny_recipe.write(tmp_path / "tiny", "onnx")
+    text = recipe.read_text()
+    recipe.write_text(text.replace("observer: minmax", "mixed: {size: 0.6}, keep_first_last_8bit: false"))
+    found = analyze.analyze(recipe, samples=16, worst=0)
+    whole = 8 * sum(x.weight_bytes / x.weight_bits for x in found.layers if x.weight_bits)
+    assert 0.5 * whole <= sum(x.weight_bytes for x in found.layers) <= 0.6 * whole
+
+
 def test_a_recipe_that_quantizes_nothing_is_refused(tmp_path: Path) -> None:
     recipe = tiny_recipe.write(tmp_path / "tiny", "onnx")
     recipe.write_text(recipe.read_text().replace("ptq: {observer: minmax}", "lowrank: {rank: '0.5'}"))

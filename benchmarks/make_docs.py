@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import firmware_docs
+import lowrank_docs
 
 from edgekit.files import write_whole
 
@@ -284,6 +285,8 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "memory": memory,
     "firmware": lambda rows: firmware_docs.firmware(rows, TITLES),
     "devices": devices,
+    "lowrank": lowrank_docs.lowrank,
+    "lowrank_latency": lowrank_docs.latencies,
 }
 
 

@@ -173,8 +173,11 @@ def _left(matrix: Tensor) -> tuple[Tensor, Tensor]:
         return vector.flip(2), value.flip(1).clamp(min=0)
     value, right = torch.linalg.eigh(matrix.transpose(1, 2) @ matrix)
     value, right = value.flip(1).clamp(min=0), right.flip(2)
-    vector, _ = torch.linalg.qr(matrix @ right)  # columns are orthogonal already, but for those of singular value 0
-    return vector, value
+    columns = matrix @ right
+    norms = columns.norm(dim=1, keepdim=True)
+    if bool((norms > 1e-7 * norms.amax(2, keepdim=True)).all()):
+        return columns / norms, value
+    return torch.linalg.qr(columns)[0], value  # columns of singular value 0 have no direction yet
 
 
 def _traces(matrix: Tensor) -> Tensor:

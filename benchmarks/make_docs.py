@@ -207,6 +207,27 @@ group.
 """
 
 
+def devices_arm64(rows: Sequence[Row]) -> str:
+    """Differences between this machine and the emulated arm64 Linux, and instructions there."""
+    lines = [
+        "## The same files on an emulated arm64 Linux",
+        "",
+        "Outputs beside those on this machine in steps of the output (at most 0 where the kernels round once, 3 for the builtin "
+        "kernels of tflite-runtime), and instructions of one call for each multiply-accumulate.",
+        "",
+        "| network | runtime | samples | largest difference | values that differ | same class % | instructions | a MAC |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        worst = _bounded(r["max_lsb"], r["max_lsb_bound"], "{:g}", least=False)
+        same = "-" if r["model"] == "autoencoder" else f"{r['same_class_percent']:g}"
+        lines.append(
+            f"| {TITLES.get(r['model'], r['model'])} | {r['variant']} | {r['samples']} | {worst} | {r['differing_values']:,} of "
+            f"{r['values']:,} | {same} | {r['instructions']:,} | {r['instructions_per_mac']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
 def _plain(title: str, text: str, rows: Sequence[Row], columns: Mapping[str, str], ratio: tuple[str, str, str]) -> str:
     key, bound, label = ratio
     lines = [title, "", text, "", "| " + " | ".join([*columns.values(), label]) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -283,6 +304,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "latency": latency,
     "overhead": overhead,
     "memory": memory,
+    "devices_arm64": devices_arm64,
     "firmware": lambda rows: firmware_docs.firmware(rows, TITLES),
     "devices": devices,
     "lowrank": lowrank_docs.lowrank,

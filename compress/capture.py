@@ -145,11 +145,18 @@ def _refuse_training_behaviour(module: fx.GraphModule) -> None:
                 "for dropout write training=self.training, else make the values beforehand"
             )
         stack = list((node.meta.get("nn_module_stack") or {}).values())
-        if "batch_norm" in str(node.target) and stack and "BatchNorm" in str(stack[-1][1]):
+        if _uses_batch_statistics(node) and stack and "BatchNorm" in str(stack[-1][1]):
             raise ModelError(
                 f"{where}layer {stack[-1][0]} normalizes by the statistics of the batch also in evaluation mode; "
                 "train it with track_running_stats=True"
             )
+
+
+def _uses_batch_statistics(node: fx.Node) -> bool:
+    """A batch_norm without running statistics, or in training mode."""
+    if "batch_norm" not in str(node.target) or "no_training" in str(node.target):
+        return False
+    return node.target != torch.ops.aten.batch_norm.default or node.args[3] is None or bool(node.args[5])
 
 
 def _unused_layers(exported: ExportedProgram) -> tuple[str, ...]:

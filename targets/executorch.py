@@ -29,9 +29,9 @@ from edgekit.errors import FormatError, InputError, ParityError, UnsupportedErro
 from edgekit.files import write_whole
 from edgekit.frozen import FrozenProgram
 from edgekit.targets.executorch_rules import ATEN_RULES, portable_style, xnnpack_style
-from edgekit.targets.pte_compare import compare, coverage, io_quantization
+from edgekit.targets.pte_compare import compare, coverage, float_constants, io_quantization
 from edgekit.targets.pte_file import PteFile, read_pte
-from edgekit.targets.pte_layers import place
+from edgekit.targets.pte_layers import Placement, place
 from edgekit.targets.pte_taps import tapped
 from edgekit.targets.qdq import to_qdq
 
@@ -84,7 +84,7 @@ def lower(program: FrozenProgram, path: Path, options: Options | None = None) ->
     if mismatches := compare(file, program, placement):
         more = f" (and {len(mismatches) - 1} more)" if len(mismatches) > 1 else ""
         raise ParityError(f"{path}: {mismatches[0]}{more}")
-    return _artifact(path, file, coverage(file, program, placement))
+    return _artifact(path, file, program, placement)
 
 
 def inspect(path: Path, program: FrozenProgram) -> Artifact:
@@ -94,7 +94,7 @@ def inspect(path: Path, program: FrozenProgram) -> Artifact:
         FormatError: the file is damaged or not an ExecuTorch program.
     """
     file = read_pte(path)
-    return _artifact(path, file, coverage(file, program, place(file, program)))
+    return _artifact(path, file, program, place(file, program))
 
 
 def readback(path: Path, program: FrozenProgram) -> list[Mismatch]:
@@ -225,7 +225,8 @@ def _xnnpack_partitioner() -> Any:
     return XnnpackPartitioner(configs=[IntegerPad if c is ConstantPadConfig else c for c in ALL_PARTITIONER_CONFIGS])
 
 
-def _artifact(path: Path, file: PteFile, rows: tuple[Any, ...]) -> Artifact:
+def _artifact(path: Path, file: PteFile, program: FrozenProgram, placement: Placement) -> Artifact:
+    rows = coverage(file, program, placement)
     quantization = io_quantization(file)
 
     def specs(kind: str, numbers: Sequence[int]) -> tuple[TensorSpec, ...]:
@@ -235,7 +236,7 @@ def _artifact(path: Path, file: PteFile, rows: tuple[Any, ...]) -> Artifact:
             found.append(TensorSpec(f"{kind}_{i}", file.tensors[n].shape, file.tensors[n].dtype, scale, zero_point))
         return tuple(found)
 
-    notes = tuple(f"{r.layer}: {r.note}" for r in rows if r.note)
+    notes = (*(f"{r.layer}: {r.note}" for r in rows if r.note), *float_constants(file, program)[1])
     memory = {"arena_bytes": sum(file.arena), "note": "planned by ExecuTorch; XNNPACK's own workspace comes on top"}
     return Artifact(
         Path(path), "executorch", specs("input", file.inputs), specs("output", file.outputs), rows, file.size, notes, memory

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from edgekit.artifact import Artifact, Coverage, Mismatch, TensorSpec
 from edgekit.errors import FormatError
 from edgekit.frozen import FrozenProgram, Layer
+from edgekit.targets.float_constants import Stored, compare_floats
 from edgekit.targets.float_rows import float_rows
 from edgekit.targets.onnx_rules import bias_scale, bounds, unsigned
 
@@ -108,7 +109,25 @@ class _View:
 def mismatches(model: Any, program: FrozenProgram) -> list[Mismatch]:
     """All facts of the file that differ from the program, in the layers' order."""
     view = _View(model.graph)
-    return [found for layer in program.layers for found in _layer(view, layer)]
+    return [found for layer in program.layers for found in _layer(view, layer)] + compare_floats(program, _floats(view))[0]
+
+
+def _floats(view: _View) -> list[Stored]:
+    """Float initializers and constants that are no scale of a QuantizeLinear or DequantizeLinear."""
+    import onnx
+
+    scales = {
+        name for node in view.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear") for name in node.input[1:]
+    }
+    constants = dict(view.constants)
+    for node in view.graph.node:
+        if node.op_type == "Constant":
+            constants.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
+    return [
+        Stored(name, onnx.numpy_helper.to_array(tensor))
+        for name, tensor in constants.items()
+        if tensor.data_type == onnx.TensorProto.FLOAT and name not in scales
+    ]
 
 
 def _layer(view: _View, layer: Layer) -> Iterator[Mismatch]:
@@ -204,6 +223,7 @@ def artifact(path: Path, model: Any, optimized: Any, program: FrozenProgram) -> 
     if islands:
         shown = ", ".join(islands[:8]) + (", ..." if len(islands) > 8 else "")
         notes.append(f"{len(islands)} integer layers run in float between integers: {shown}")
+    notes += compare_floats(program, _floats(_View(graph)))[1]
     return Artifact(
         path=Path(path),
         target="onnx",

@@ -9,11 +9,12 @@ import numpy as np
 
 from edgekit.artifact import Coverage, Mismatch
 from edgekit.frozen import FrozenProgram, Layer
+from edgekit.targets.float_constants import Stored, compare_floats
 from edgekit.targets.float_rows import float_rows
 from edgekit.targets.pte_file import FileOp, FileTensor, PteFile
 from edgekit.targets.pte_layers import FloatWeight, Placed, Placement, constant_of, stored_weight
 
-__all__ = ["compare", "coverage", "io_quantization"]
+__all__ = ["compare", "coverage", "float_constants", "io_quantization"]
 
 _CARRIERS = {"Link", "XNNStaticTranspose", "XNNStaticReshape", "XNNCopy", "XNNConvert", "aten::view", "aten::view_copy"}
 _CLAMPS = {"relu": (0.0, float("inf")), "relu6": (0.0, 6.0)}
@@ -33,7 +34,13 @@ def compare(file: PteFile, program: FrozenProgram, placement: Placement) -> list
             found += _weighted(file, placed, producers)
         elif layer.op == "qslice":
             found += _identity(file, placed)
-    return found
+    return found + float_constants(file, program)[0]
+
+
+def float_constants(file: PteFile, program: FrozenProgram) -> tuple[list[Mismatch], list[str]]:
+    """Float numbers of the file that are not the program's, and notes."""
+    constants = [t for t in file.tensors.values() if t.dtype == "float32" and t.data is not None]
+    return compare_floats(program, [Stored("", np.asarray(t.data, np.float32)) for t in constants])
 
 
 def coverage(file: PteFile, program: FrozenProgram, placement: Placement) -> tuple[Coverage, ...]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from edgekit.artifact import Coverage, Mismatch, TensorSpec
 from edgekit.frozen import FrozenProgram, Layer
 from edgekit.frozen.ops import activation_bounds
+from edgekit.targets.float_constants import Stored, compare_floats
 from edgekit.targets.tflite_file import Op, Tensor, TfliteFile, enum_names
 from edgekit.targets.tflite_finish import LAYOUTS, WEIGHTED
 from edgekit.targets.tflite_wide import is_wide
@@ -50,10 +51,19 @@ def compare(file: TfliteFile, program: FrozenProgram) -> list[Mismatch]:
         if layer.op == "qlut" and table is not None:
             found += _array(layer, "table", table.values(), layer.args["table"].numpy())
     found += _made_integer(file, program, ops)
+    found += compare_floats(program, _float_constants(file))[0]
     if all(node.op != "call_function" or str(node.target).startswith("edgekit.") for node in program.module.graph.nodes):
         strange = [op for op in ops.get("", []) if any(t.dtype == "FLOAT32" for t in file.activations(op))]
         found += [Mismatch(f"{op.kind}#{op.index}", "operator", "a float operator", "no float operator") for op in strange]
     return found
+
+
+def _float_constants(file: TfliteFile) -> list[Stored]:
+    """Float constants with the program's node that reads them."""
+    readers = {i: _owner(file, op).removeprefix("~") for op in reversed(file.ops) for i in op.inputs}
+    return [
+        Stored(readers.get(t.index, ""), t.values()) for t in file.tensors if t.dtype == "FLOAT32" and t.data is not None
+    ]  # fmt: skip
 
 
 def _made_integer(file: TfliteFile, program: FrozenProgram, ops: Mapping[str, list[Op]]) -> Iterator[Mismatch]:
@@ -229,8 +239,8 @@ def _runs(file: TfliteFile, ops: list[Op], delegated: frozenset[int]) -> str:
 
 
 def notes(file: TfliteFile, program: FrozenProgram) -> tuple[str, ...]:
-    """What a user would not expect: transposes that the converter added."""
-    found: list[str] = []
+    """What a user would not expect: numbers that were merged, transposes that the converter added."""
+    found = compare_floats(program, _float_constants(file))[1]
     permuted = {layer.name for layer in program.layers if layer.op == "qpermute"}
     added = [op for op in file.ops if op.kind == "TRANSPOSE" and _owner(file, op) not in permuted and _owner(file, op)[:1] != "~"]
     if added:

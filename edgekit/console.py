@@ -101,8 +101,8 @@ def print_outcome(outcome: Outcome) -> None:
             _print(sys.stdout, "[dim]", note)
         for breach in outcome.parity.breaches:
             error(breach)
-    for found in outcome.profiles:
-        print_profile(found)
+    for i, found in enumerate(outcome.profiles):
+        print_profile(found, again=any(found.fits == earlier.fits for earlier in outcome.profiles[:i]))
     for message in shortfalls(outcome.folder):
         warning(message)
     files = sorted(p for p in outcome.folder.iterdir() if p.name.startswith(("model.", "frozen.", "report.")))
@@ -116,8 +116,8 @@ def print_outcome(outcome: Outcome) -> None:
         _print(sys.stdout, "[bold green]", f"{checked} computes what the frozen program computes")
 
 
-def print_profile(found: Profile) -> None:
-    """Layers with their costs, figures by name, and what the firmware fits on."""
+def print_profile(found: Profile, *, again: bool = False) -> None:
+    """Layers with their costs, figures by name, and what the firmware fits on, unless that was shown before (``again``)."""
     from edgekit import profile_table as tables
 
     table = tables.layers(found)
@@ -126,7 +126,7 @@ def print_profile(found: Profile) -> None:
         print_table("", table.columns, table.rows)
     for name, value in tables.figures(found):
         _print(sys.stdout, "", f"  {name}: {value}")
-    if found.fits:
+    if found.fits and not again:
         print_table("fits on (bytes)", tables.FITS, [tables.fit_row(fit) for fit in found.fits])
     for note in filter(None, (found.method, *found.notes)):
         _print(sys.stdout, "[dim]", note)

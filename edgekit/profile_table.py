@@ -20,6 +20,10 @@ _FIRST = (
     "flash_bytes", "flash_code_bytes", "flash_weights_bytes", "ram_bytes", "arena_bytes", "arena_bound_bytes", "static_ram_bytes",
     "stack_bytes", "stack_reserved_bytes", "least_instructions", "most_instructions", "library_instructions", "boot_instructions",
 )  # fmt: skip
+_NAMES = {
+    "ram": "RAM", "static_ram": "static RAM", "arena_bound": "arena without overlaps, at least", "stack": "stack used",
+    "least": "least over the samples", "most": "most over the samples", "library": "in libgcc and libc", "boot": "boot, once",
+}  # fmt: skip
 _UNITS = ("bytes", "microseconds", "milliseconds", "seconds", "instructions", "percent", "celsius", "mhz", "runs")
 
 
@@ -69,7 +73,7 @@ def figure(name: str, value: float) -> tuple[str, str]:
     """A figure's name without its unit, and its value with it: ``("flash code", "8,664 bytes")``."""
     words = name.split("_")
     unit = f" {words.pop()}" if len(words) > 1 and words[-1] in _UNITS else ""
-    return " ".join(words), text(int(value) if float(value).is_integer() else float(value)) + unit
+    return _NAMES.get("_".join(words), " ".join(words)), text(int(value) if float(value).is_integer() else float(value)) + unit
 
 
 def text(value: Any) -> str:

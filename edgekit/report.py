@@ -73,7 +73,7 @@ def render(folder: Path) -> str:
         layers=_layers(program, parity),
         totals=_totals(program),
         analysis=_analysis(folder),
-        profiles=[_profile(p, folder) for p in load_profiles(folder / "profile.json")],
+        profiles=_profiles(folder),
         passes=_passes(record := _json(folder / "compress.json")),
         warnings=record.get("warnings", []) if isinstance(record, Mapping) else [],
         recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
@@ -263,6 +263,12 @@ def _analysis(folder: Path) -> dict[str, Any] | None:
         "notes": found.notes,
         "samples": found.samples,
     }
+
+
+def _profiles(folder: Path) -> list[dict[str, Any]]:
+    """What was measured; what firmware fits on is open for the first of those that fit on the same."""
+    found = load_profiles(folder / "profile.json")
+    return [_profile(p, folder) | {"again": any(p.fits == q.fits for q in found[:i])} for i, p in enumerate(found)]
 
 
 def _profile(found: Profile, folder: Path) -> dict[str, Any]:

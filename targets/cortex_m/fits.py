@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekit.files import write_whole
+from edgekit.files import sha256, write_whole
 from edgekit.firmware_sim import memory
 from edgekit.firmware_sim.boards import BOARDS, CORES, Board
 from edgekit.firmware_sim.kernels import KERNEL_SETS
@@ -100,8 +100,19 @@ def _write(program: FrozenProgram, kernels: str, folder: Path) -> None:
     write_whole(folder / "main.c", main_c(len(firmware.inputs), len(firmware.outputs)))
 
 
+_known: dict[tuple[str, ...], tuple[int, int]] = {}
+"""What was linked before in this process, by everything that decides it."""
+
+
 def _linked(core: str, kernels: str, made: Build, folder: Path) -> tuple[int, int]:
     """Bytes of flash and RAM, from a link for a board of that core with room for anything."""
+    key = (sha256(folder / kernels / "model.c"), core, kernels, made.optimize, str(made.stack_bytes))
+    if key not in _known:
+        _known[key] = _spans(core, kernels, made, folder)
+    return _known[key]
+
+
+def _spans(core: str, kernels: str, made: Build, folder: Path) -> tuple[int, int]:
     roomy = Board(core, core, core, 0, _ROOM, 0x20000000, _ROOM, 1)
     source = folder / kernels
     project = Project(

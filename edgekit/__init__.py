@@ -11,7 +11,7 @@ From Python::
 
 or stage by stage: ``compress_model``, ``export_program``, ``verify_files`` (:mod:`edgekit.in_memory`).
 
-``edgekit.pipeline`` has every verb of the command line (compress, export, verify, report, run), ``edgekit.compress``,
+``edgekit.pipeline`` has every verb of the command line (compress, export, verify, profile, report, run), ``edgekit.compress``,
 ``edgekit.targets`` and ``edgekit.verify`` the parts. Importing this package imports nothing; a name is loaded when first used.
 """
 

@@ -55,7 +55,7 @@ def pairs(
         exported: nothing else than ``there`` will be.
 
     Raises:
-        InputError: a device that runs none of the targets.
+        InputError: a device that runs none of the targets, or a target that none of the devices runs.
     """
     chosen = []
     for device in {device.name: device for device in found}.values():
@@ -66,6 +66,8 @@ def pairs(
         if exported and not set(runs) <= set(there):
             raise InputError(f"device {device.name} runs {', '.join(device.targets)}; add one of them to the recipe's targets")
         chosen += [(device, name) for name in runs]
+    if lost := sorted(set(targets or ()) - {name for _, name in chosen}) if chosen else []:
+        raise InputError(f"{', '.join(lost)}: runs on none of {', '.join(device.name for device in found)}")
     return chosen
 
 

@@ -45,6 +45,10 @@ def schema() -> dict[str, Any]:
     top["properties"]["compress"] |= one_key({k: v.__name__ for k, v in SETTINGS.items()}, [*NAMED, *SETTINGS])
     top["properties"]["compress"]["anyOf"][1]["minItems"] = 1
     top["properties"]["targets"] |= one_key({name: f"{name}.Options" for name in TARGETS}, list(TARGETS))
+    devices = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}], "default": []}
+    for holder in (top, definitions["Verify"]):
+        key = "profile" if holder is top else "devices"
+        holder["properties"][key] = {"description": holder["properties"][key]["description"], "title": key.title(), **devices}
     for key in ("compress", "targets"):
         for old in ("type", "items", "default"):
             top["properties"][key].pop(old, None)

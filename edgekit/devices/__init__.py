@@ -12,6 +12,8 @@ any object with these members (there is no base class):
     outputs for a batch, as the ``run`` of a target module gives them: one float32 array (N, ...) for each output.
 ``taps(path, target, program, sample)``
     each layer's int8 output, as the ``taps`` of a target module gives them; empty where the device cannot give any.
+``taps_each(path, target, program, samples)``
+    may be left out: ``taps`` of each of several samples (N, ...) by one start.
 ``profile(path, target, program, settings, inputs, progress=None)``
     an :class:`edgekit.profile.Profile`. ``inputs`` are a few samples (N, ...), one array for each input of the program: real ones
     where the run has them, since a cost may depend on the data. ``file`` and ``sha256`` are filled in by the caller.

@@ -162,6 +162,7 @@ def test_without_stored_samples_random_ones_are_used_and_said(run: Path, abacus:
     ("names", "targets", "sentence"),
     [
         (["abacus:1"], ["tflite"], "device abacus:1 runs onnx, cortex-m4, not tflite"),
+        (["abacus:1"], ["onnx", "tflite"], "^tflite: runs on none of abacus:1$"),
         (["abacus:1"], ["onyx"], "target 'onyx' is unknown"),
         (["sundial"], None, "device 'sundial' is unknown; choose one of: .*abacus"),
         (None, None, "its recipe profiles on no device; name one with --device"),

@@ -2,8 +2,8 @@
 
 A layer's program is what the file computes between the layers before it and its own result, with the file's own constants; its
 inputs are those layers' results. What comes after the last layer is a program too, called by the output's name. An operator
-between layers that two of them read is in both programs. LiteRT's interpreter has no profiler that Python can reach,
-onnxruntime's adds its own time to each operator, and ExecuTorch's wheel is built without one.
+between layers that two of them read is in both programs, one outside of ExecuTorch's delegates in none. LiteRT's interpreter has
+no profiler that Python can reach, onnxruntime's adds its own time to each operator, and ExecuTorch's wheel is built without one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.frozen import FrozenProgram
-from edgekit.targets import onnx_facts, tflite_file
+from edgekit.targets import onnx_facts, pte_cuts, tflite_file
 
 __all__ = ["CUTS", "EMPTY", "Cut", "cuts"]
 
@@ -160,5 +160,9 @@ def _onnx_cut(
     return Cut(name, " + ".join(kinds) or "QuantizeLinear", made.SerializeToString(), tuple(shapes))
 
 
-CUTS: Mapping[str, Callable[[Path, FrozenProgram], list[Cut]]] = {"tflite": _tflite, "onnx": _onnx}
+def _executorch(path: Path, program: FrozenProgram) -> list[Cut]:
+    return [Cut(*part) for part in pte_cuts.parts(path, program)]
+
+
+CUTS: Mapping[str, Callable[[Path, FrozenProgram], list[Cut]]] = {"executorch": _executorch, "tflite": _tflite, "onnx": _onnx}
 """Targets whose files can be cut."""

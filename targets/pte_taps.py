@@ -10,8 +10,9 @@ import importlib.resources
 import json
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from edgekit.frozen import FrozenProgram
 from edgekit.targets.pte_file import FileOp, PteFile, read_pte
 from edgekit.targets.pte_layers import Placement
 
-__all__ = ["Tap", "tapped"]
+__all__ = ["Tap", "choose", "edit_blob", "graph_of", "tapped"]
 
 _CHANNEL_LAST = {"XNNConv2d", "XNNDepthwiseConv2d", "XNNMaxPooling2d", "XNNAvgPooling2d", "XNNGlobalAvgPooling2d"}
 _OUTPUT_FLAG = 2
@@ -40,7 +41,7 @@ def tapped(file: PteFile, program: FrozenProgram, placement: Placement) -> tuple
     """(bytes of the copy, what its outputs after the file's own are)."""
     from executorch.exir._serialize._program import deserialize_pte_binary, serialize_pte_binary
 
-    taps = _choose(file, placement)
+    taps = choose(file, placement)
     pte = deserialize_pte_binary(file.path.read_bytes())
     plan = pte.program.execution_plan[0]
     calls = [i.instr_args for c in plan.chains for i in c.instructions if hasattr(i.instr_args, "delegate_index")]
@@ -48,7 +49,10 @@ def tapped(file: PteFile, program: FrozenProgram, placement: Placement) -> tuple
     for number, call in enumerate(calls):
         inside = list(dict.fromkeys(t.tensor for t in taps if t.tensor >> 32 == number + 1))
         blob = pte.program.backend_delegate_data[plan.delegates[call.delegate_index].processed.index]
-        blob.data = _open_graph(bytes(blob.data), [n & 0xFFFFFFFF for n in inside], len(call.args))
+        if inside:
+            blob.data = edit_blob(
+                bytes(blob.data), partial(_mark, numbers=[n & 0xFFFFFFFF for n in inside], first=len(call.args))
+            )
         for n in inside:
             extra[n] = _add_value(plan, file.tensors[n].shape)
             call.args.append(extra[n])
@@ -74,7 +78,7 @@ def _exact_scales(file: PteFile, copy: bytes) -> bytes:
     return bytes(exact)
 
 
-def _choose(file: PteFile, placement: Placement) -> tuple[Tap, ...]:
+def choose(file: PteFile, placement: Placement) -> tuple[Tap, ...]:
     """For each layer the first int8 tensor that an operator writes, preferably inside a delegate."""
     last = _channel_last(file)
     external = {n for op in file.ops if op.kind == "Link" for n in (*op.inputs, *op.outputs)}
@@ -109,23 +113,28 @@ def _inherits(op: FileOp, channel_last: set[int]) -> bool:
     return op.delegate >= 0 and op.kind not in ("XNNStaticReshape", "Link") and any(n in channel_last for n in op.inputs)
 
 
-def _open_graph(blob: bytes, numbers: Sequence[int], first: int) -> bytes:
-    """The XNNPACK blob with these values as external outputs, numbered from ``first``."""
-    if not numbers:
-        return blob
+def edit_blob(blob: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
+    """The XNNPACK blob with its graph, as the tree of its JSON form, changed in place."""
     from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
 
     header = XNNHeader.from_bytes(blob[: XNNHeader.EXPECTED_LENGTH])
     graph = blob[header.flatbuffer_offset : header.flatbuffer_offset + header.flatbuffer_size]
     constants = blob[header.constant_data_offset : header.constant_data_offset + header.constant_data_size]
-    opened = _edit_graph(graph, numbers, first)
+    opened = _edit_graph(graph, change)
     padded = opened + bytes(-len(opened) % _ALIGNMENT)
     start = header.flatbuffer_offset
     edited: bytes = XNNHeader(start, len(opened), start + len(padded), len(constants)).to_bytes()
     return edited + blob[len(edited) : start] + padded + constants
 
 
-def _edit_graph(graph: bytes, numbers: Sequence[int], first: int) -> bytes:
+def graph_of(blob: bytes) -> dict[str, Any]:
+    """The tree of a blob's graph."""
+    found: dict[str, Any] = {}
+    edit_blob(blob, found.update)
+    return found
+
+
+def _edit_graph(graph: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
     """Through JSON and back with the flatbuffer compiler of executorch (which rounds scales: see :func:`_exact_scales`)."""
     package = importlib.resources.files("executorch")
     with (
@@ -148,7 +157,7 @@ def _edit_graph(graph: bytes, numbers: Sequence[int], first: int) -> bytes:
         subprocess.run([str(flatc), *flags], check=True, capture_output=True)
         text = Path(folder) / "graph.json"
         tree = json.loads(text.read_text().replace(": inf", ": Infinity").replace(": -inf", ": -Infinity"))
-        _mark(tree, numbers, first)
+        change(tree)
         text.write_text(json.dumps(tree).replace("Infinity", "inf"))
         subprocess.run([str(flatc), "--binary", "-o", folder, str(schema), str(text)], check=True, capture_output=True)
         return (Path(folder) / "graph.bin").read_bytes()

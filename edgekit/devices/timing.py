@@ -74,9 +74,10 @@ def with_layers(
         LayerCost(part.layer, part.op, macs.get(part.layer, 0), microseconds=cost, share=cost / whole if whole else 0.0)
         for part, cost in zip(parts[1:], costs, strict=True)
     )
+    alone = max(0.0, found.total - middle[0])
     method = (
         f"{found.method}. Layers: each cut out of the file and timed alone, in turn, less the {middle[0]:.3g} µs of a program "
-        f"that computes nothing; together {whole:.4g} µs, {100 * whole / found.total:.0f} % of the whole"
+        f"that computes nothing; together {whole:.4g} µs, the file itself less the same {alone:.4g} µs"
     )
     return replace(found, layers=layers, method=method)
 

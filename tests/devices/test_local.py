@@ -123,7 +123,7 @@ def test_layers_are_timed_alone_less_an_empty_program() -> None:
     found = timing.with_layers(whole, parts, times, {"a": 7})
     assert [(x.layer, x.microseconds, x.macs) for x in found.layers] == [("a", 10.0, 7), ("b", 30.0, 0), ("c", 0.0, 0)]
     assert [x.share for x in found.layers] == [0.25, 0.75, 0.0]
-    assert "3 µs of a program that computes nothing; together 40 µs, 100 % of the whole" in found.method
+    assert "3 µs of a program that computes nothing; together 40 µs, the file itself less the same 37 µs" in found.method
 
 
 def interpreter(folder: Path, script: str) -> str:

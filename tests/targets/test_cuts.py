@@ -72,5 +72,35 @@ def test_every_operator_of_a_file_is_in_a_cut(tmp_path: Path) -> None:
     assert all(len(part.data) < path.stat().st_size for part in cuts(path, "tflite", program))
 
 
+@pytest.mark.slow
+def test_the_parts_of_a_delegate_compute_their_layers(tmp_path: Path) -> None:
+    path, program = lowered(tmp_path, "executorch"), residual_net()
+    taps = get("executorch").taps(path, program, [images(1).numpy()])
+    parts = cuts(path, "executorch", program)
+    assert parts[0].layer == EMPTY and {part.layer for part in parts[1:]} >= {x.name for x in program.layers if x.macs}
+    whole, checked = path.stat().st_size, 0
+    for part in parts:
+        assert len(part.data) < whole
+        (tmp_path / "part.pte").write_bytes(part.data)
+        opened = open_program(str(tmp_path / "part.pte"))
+        assert [(s.shape, s.dtype) for s in opened.inputs] == list(part.inputs)
+        given = part.samples()
+        named = program.layer(part.layer).inputs if part.layer in taps and program.layer(part.layer).macs else ()
+        if len(named) == 1 and named[0] in taps:
+            value = taps[named[0]]
+            if value.ndim == 4 and value.shape != part.inputs[0][0]:
+                value = value.transpose(0, 2, 3, 1)
+            given = [np.ascontiguousarray(value.reshape(part.inputs[0][0]))]
+        opened.feed(given)
+        opened.call()
+        if named:
+            (found,) = opened.fetch()
+            wanted = taps[part.layer]
+            found = found.transpose(0, 3, 1, 2) if found.ndim == 4 and found.shape != wanted.shape else found
+            assert np.abs(found.reshape(wanted.shape).astype(int) - wanted.astype(int)).max() <= 2, part.layer  # rounded scales
+            checked += 1
+    assert checked >= 4
+
+
 def test_a_target_that_cannot_be_cut_gives_none(tmp_path: Path) -> None:
-    assert cuts(tmp_path / "x.pte", "executorch", residual_net()) == ()
+    assert cuts(tmp_path / "x.c", "cortex-m4", residual_net()) == ()

@@ -224,7 +224,7 @@ def test_rescaling_concat_and_pool_groups_and_tables(tmp_path: Path) -> None:
     frozen = program(Mixed, 3, 16, 16)
     artifact = check(frozen, tmp_path / "m.tflite", noise(4, 3, 16, 16), lsb=2)
     ops = {row.layer: row.op for row in artifact.coverage}
-    assert (ops["silu"], ops["pool"], ops["cat"]) == ("GATHER", "DEPTHWISE_CONV_2D", "CONCATENATION")
+    assert (ops["silu"], ops["pool"], ops["cat"]) == ("MUL", "DEPTHWISE_CONV_2D", "CONCATENATION")
     assert all(row.runs != "float" for row in artifact.coverage)
 
 
@@ -234,6 +234,8 @@ def test_rescaling_concat_and_pool_groups_and_tables(tmp_path: Path) -> None:
         ("sigmoid", (1 / 256, -128), "LOGISTIC", 0),
         ("sigmoid", (0.0041, -128), "GATHER", 0),
         ("hardswish", (0.03, -100), "GATHER", 0),
+        ("silu", (0.03, -118), "MUL", 1),
+        ("silu", (0.0015, 60), "GATHER", 0),  # so fine a scale shows the gate's own rounding
         ("leaky_relu", (0.03, -100), "LEAKY_RELU", 1),
     ],
 )

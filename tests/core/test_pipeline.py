@@ -244,3 +244,28 @@ def test_an_altered_file_is_a_failed_check_that_names_the_layer(recipe: Path, tm
     assert not outcome.ok and outcome.parity is not None
     assert any("conv" in breach for breach in outcome.parity.breaches)
     assert "model.onnx was altered after it was written" in outcome.warnings
+
+
+def test_a_killed_reconstruction_goes_on_at_its_last_finished_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgekit.compress.ptq import reconstruct
+
+    recipe = tiny_recipe.write(tmp_path / "own")
+    text = recipe.read_text().replace("observer: minmax", "method: brecq, weights: int4, reconstruct: {steps: 3}")
+    recipe.write_text(text)
+    learn, calls = reconstruct.learn, []
+
+    def killed(*args: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        learn(*args)
+
+    monkeypatch.setattr(reconstruct, "learn", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.compress(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    pipeline.compress(recipe, tmp_path / "run")
+    assert len(calls) == 3, "the first block was not learned again"
+    once = (tmp_path / "run" / "frozen.pt2").read_bytes()
+    pipeline.compress(recipe, tmp_path / "again", resume=False)
+    assert len(calls) == 5 and (tmp_path / "again" / "frozen.pt2").read_bytes() == once

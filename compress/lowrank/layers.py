@@ -32,7 +32,7 @@ class Layer:
         name: for messages and records.
         weight: float (out, in), or (out, in / groups, kh, kw).
         bias: (out,) or None.
-        parameter: dotted name of the weight in its module; "" where nobody asks.
+        parameter: dotted name of the weight in its module; "" where nobody asks. ``bias_parameter``: of the bias.
         in_size: height and width of the input; of a linear layer (1, rows for one sample).
         uses: how often the model applies it (more than once with tied weights).
     """
@@ -47,6 +47,7 @@ class Layer:
     in_size: Pair = (1, 1)
     parameter: str = ""
     uses: int = 1
+    bias_parameter: str = ""
 
     @property
     def is_linear(self) -> bool:

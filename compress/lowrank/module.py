@@ -133,12 +133,15 @@ def _layer_of(name: str, module: nn.Module, seen: _Seen | None) -> Layer | str:
     weight: Tensor = value.detach()
     bias: Any = module.bias
     bias = None if bias is None else bias.detach()
-    parameter = f"{name}.weight" if name else "weight"
+    parameter, own = (f"{name}.{leaf}" if name else leaf for leaf in ("weight", "bias"))
+    own = own if bias is not None else ""
     size, uses = seen.of(module) if seen else ((_UNKNOWN_SIZE, _UNKNOWN_SIZE), 1)
     if uses == 0:
         return "the model never calls it"
     if isinstance(module, nn.Linear):
-        return Layer(name or "model", weight, bias, in_size=size if seen else (1, 1), parameter=parameter, uses=uses)
+        return Layer(
+            name or "model", weight, bias, in_size=size if seen else (1, 1), parameter=parameter, uses=uses, bias_parameter=own
+        )
     assert isinstance(module, nn.Conv1d | nn.Conv2d)
     if module.padding_mode != "zeros":
         return f"its padding_mode is {module.padding_mode}"
@@ -152,7 +155,7 @@ def _layer_of(name: str, module: nn.Module, seen: _Seen | None) -> Layer | str:
     if isinstance(module, nn.Conv1d):
         weight, stride, padding, dilation = weight.unsqueeze(2), (1, *stride), (0, *padding), (1, *dilation)
         size = size if seen else (1, _UNKNOWN_SIZE)
-    return Layer(name or "model", weight, bias, stride, padding, dilation, module.groups, size, parameter, uses)  # type: ignore[arg-type]
+    return Layer(name or "model", weight, bias, stride, padding, dilation, module.groups, size, parameter, uses, own)  # type: ignore[arg-type]
 
 
 def _chain(module: nn.Module, f: Factorized) -> nn.Sequential:

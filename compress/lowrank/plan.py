@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -147,7 +147,24 @@ def _by_budget(
     total = {"params": model.params, "size": model.size, "macs": model.macs}[rank.kind]
     fixed = total - sum(c.dense for c in candidates)
     budget = (rank.value if rank.kind == "size" else rank.value * total) - fixed
-    return spend(candidates, _COSTS[rank.kind], budget, str(settings.rank))
+    by_name = {layer.name: layer for layer in layers}
+
+    def damage(chosen: Mapping[str, Option | None]) -> float:
+        weights: dict[str, Tensor] = {}
+        for name, option in chosen.items():
+            if option is not None:
+                weights |= _stand_in(_split(by_name[name], moments, settings, option.rank), option)
+        return _harm(wanted, model.outputs(weights))
+
+    trials = [
+        spend([replace(c, sensitivity=c.sensitivity**power) for c in candidates], _COSTS[rank.kind], budget, str(settings.rank))
+        for power in _POWERS
+    ]
+    return min(trials, key=damage)
+
+
+_POWERS = (1.0, 0.75, 0.5, 0.25, 0.0)
+"""Sensitivities are measured with one layer replaced; with all replaced layers are less unlike, so weaker forms are tried too."""
 
 
 _COSTS: dict[str, Callable[[Option], float]] = {
@@ -160,10 +177,22 @@ _COSTS: dict[str, Callable[[Option], float]] = {
 def _sensitivity(split: Split, wanted: Sequence[Tensor], model: Model) -> float:
     """Relative squared error of the model's outputs for each unit of the layer's, at the rank whose error is nearest to 0.1."""
     option = min(split.options, key=lambda o: abs(o.error - 0.1))
-    weight = effective_weight(split.layer, split.build(option)).to(split.layer.weight.dtype)
-    found = model.outputs({split.layer.parameter: weight})
-    harm = 0.0
+    return max(_harm(wanted, model.outputs(_stand_in(split, option))), 1e-12) / max(option.error, 1e-6)
+
+
+def _stand_in(split: Split, option: Option) -> dict[str, Tensor]:
+    """The layer's own parameters with the values that compute what its parts compute."""
+    layer, parts = split.layer, split.build(option)
+    values = {layer.parameter: effective_weight(layer, parts).to(layer.weight.dtype)}
+    if layer.bias_parameter and parts[-1].bias is not None:
+        values[layer.bias_parameter] = parts[-1].bias
+    return values
+
+
+def _harm(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """Squared error of outputs relative to their variance over the samples."""
+    total = 0.0
     for a, b in zip(wanted, found, strict=True):
         spread = (a - a.mean(0, keepdim=True)).square().sum() if len(a) > 1 else a.square().sum()
-        harm += float((a - b).square().sum() / spread.clamp(min=1e-30))
-    return max(harm, 1e-12) / max(option.error, 1e-6)
+        total += float((a - b).square().sum() / spread.clamp(min=1e-30))
+    return total

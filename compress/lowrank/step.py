@@ -100,10 +100,11 @@ def _layer_of(graph: Graph, node: fx.Node, in_size: tuple[int, int]) -> Layer | 
             return f"its {what} is computed at run time"
     w = tensor_of(graph.module, weight).detach()
     b = None if bias is None else tensor_of(graph.module, bias).detach()
+    bias_name = "" if bias is None else str(bias.target)
     if not rest:
-        return Layer(graph.names[node.name], w, b, in_size=in_size, parameter=str(weight.target))
+        return Layer(graph.names[node.name], w, b, in_size=in_size, parameter=str(weight.target), bias_parameter=bias_name)
     stride, padding, dilation = (_two(v) for v in rest[:3])
-    return Layer(graph.names[node.name], w, b, stride, padding, dilation, int(rest[3]), in_size, str(weight.target))
+    return Layer(graph.names[node.name], w, b, stride, padding, dilation, int(rest[3]), in_size, str(weight.target), 1, bias_name)
 
 
 def _two(value: Any) -> tuple[int, int]:

@@ -32,7 +32,7 @@ from edgekit.files import write_whole
 from edgekit.frozen import FrozenProgram, Layer
 from edgekit.targets import tflite_facts as facts
 from edgekit.targets.tflite_convert import convert, quiet
-from edgekit.targets.tflite_file import Tensor, TfliteFile, parse, read
+from edgekit.targets.tflite_file import Tensor, TfliteFile, parse, read, serialize
 from edgekit.targets.tflite_finish import finish
 from edgekit.targets.tflite_wide import is_wide, twin, widen
 
@@ -297,8 +297,12 @@ def taps(path: Path, program: FrozenProgram, sample: Sequence[NDArray[Any]]) -> 
     return tapping.layers([interpreter.get_tensor(i) for i in (*file.outputs, *tapping.tensors)])
 
 
-def tap_file(path: Path, program: FrozenProgram) -> TapFile:
-    """What :func:`taps` reads, for any runtime of these files: the file itself with its tensors kept."""
+def tap_file(path: Path, program: FrozenProgram, copied: bool = False) -> TapFile:
+    """What :func:`taps` reads, for any runtime of these files: the file itself with its tensors kept.
+
+    Args:
+        copied: a copy that has the tensors as outputs instead: tflite-runtime 2.14 does not keep what a sum is written over.
+    """
     file = read(path)
     channel_last = facts.layouts(file)
     kept = [(x, t.index) for x in program.layers if (t := file.by_name.get(x.name)) is not None and t.dtype in _RANGES]
@@ -308,7 +312,19 @@ def tap_file(path: Path, program: FrozenProgram) -> TapFile:
         found = {x.name: _in_program_layout(value, x, channel_last.get(index)) for (x, index), value in pairs}
         return {name: value for name, value in found.items() if value is not None}
 
-    return TapFile(None, tuple(index for _, index in kept), layers)
+    inner = tuple(index for _, index in kept)
+    if not copied:
+        return TapFile(None, inner, layers)
+    every = [*file.outputs, *(i for i in inner if i in file.producer and i not in file.outputs)]
+    file.model.subgraphs[0].outputs = np.array(every, np.int32)
+    file.model.signatureDefs = None
+
+    def from_outputs(results: Sequence[NDArray[Any]]) -> dict[str, NDArray[np.int8]]:
+        known = dict(zip(every, results, strict=True))
+        kept[:] = [(x, index) for x, index in kept if index in known]
+        return layers([*results[: len(file.outputs)], *(known[index] for _, index in kept)])
+
+    return TapFile(serialize(file.model), (), from_outputs)
 
 
 def _in_program_layout(value: NDArray[Any], layer: Layer, channel_last: bool | None) -> NDArray[np.int8] | None:

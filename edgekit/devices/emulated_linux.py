@@ -14,13 +14,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgekit.devices import arm64_root, instruction_clock
 from edgekit.devices.arm64_cpu import CPUS
@@ -35,7 +34,6 @@ __all__ = ["NAME", "EmulatedLinux", "command", "connect", "environment", "main"]
 
 NAME = "qemu-aarch64"
 _CPU = "cortex-a76"
-_IN_PLACE = frozenset({"qadd", "qmul", "qlut", "qreshape"})
 _EMULATORS = {"qemu-aarch64-static": "qemu-user-static", "qemu-aarch64": "qemu-user"}
 """Program to Debian package; the second one is for plugins, which a static program cannot load."""
 
@@ -68,14 +66,6 @@ class EmulatedLinux(Linux):
     """A Linux device whose profile is a count of instructions; ``cpu`` is what the emulator takes itself for."""
 
     cpu: str = _CPU
-
-    def taps_each(
-        self, path: Path, target: str, program: FrozenProgram, samples: Arrays, progress: Progress | None = None
-    ) -> list[dict[str, NDArray[np.int8]]]:
-        """As :meth:`taps` for every sample of (N, ...); without layers that tflite-runtime overwrites."""
-        found = super().taps_each(path, target, program, samples, progress)
-        newer = "ai-edge-litert" in self.machine["packages"] and self.options.runtime != "tflite-runtime"
-        return found if newer or target != "tflite" else [_kept(program, taps) for taps in found]
 
     def profile(
         self,
@@ -140,14 +130,6 @@ def _counting(cpu: str, folder: Path) -> tuple[Here, Path]:
     counter.write_bytes(bytes(8))
     run = command(cpu, f"{clock.build(folder)},out={counter}")
     return Here([*run, str(instruction_clock.__file__), str(counter), str(overhead)], environment()), overhead
-
-
-def _kept(program: FrozenProgram, taps: Mapping[str, NDArray[np.int8]]) -> dict[str, NDArray[np.int8]]:
-    """Without inputs of elementwise layers: tflite-runtime writes a result over its input, and the tap would be the result."""
-    names = {layer.node: layer.name for layer in program.layers}
-    nodes = {node.name: node for node in program.module.graph.nodes}
-    lost = {names.get(n.name) for x in program.layers if x.op in _IN_PLACE for n in nodes[x.node].all_input_nodes}
-    return {name: value for name, value in taps.items() if name not in lost}
 
 
 def _options(spec: str) -> tuple[str, Options]:

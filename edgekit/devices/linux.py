@@ -184,12 +184,18 @@ class Linux:
     ) -> list[dict[str, NDArray[np.int8]]]:
         """As :meth:`taps` for every sample of (N, ...), by one start of the runner."""
         module = get(target)
-        tap = module.tap_file(path, program)
+        older = target == "tflite" and self._runtime(target) == "tflite-runtime"
+        tap = module.tap_file(path, program, copied=True) if older else module.tap_file(path, program)
         source = Path(path) if tap.data is None else tap.data
         sent = File(source, target, module.encode(path, samples), tap.tensors)
         _, ((outputs, tensors),) = self.ask("run", [sent], progress=progress)
         results = [*outputs, *tensors]
         return [tap.layers([y[i : i + 1] for y in results]) for i in range(len(samples[0]))]
+
+    def _runtime(self, target: str) -> str:
+        """The package that the runner takes there."""
+        there = [p for p in runner.RUNTIMES[target] if p in self.machine.get("packages", {})]
+        return self.options.runtime if self.options.runtime in runner.RUNTIMES[target] else next(iter(there), "")
 
     def profile(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,16 @@ def test_a_profile_is_written_and_read_back(
     assert sum(x.share for x in found.layers) == pytest.approx(1) and "cut out of the file" in found.method
     save(tmp_path / "profile.json", found)
     assert load(tmp_path / "profile.json") == (found,)
+
+
+@pytest.mark.slow
+def test_layers_that_tflite_runtime_would_overwrite_are_outputs_of_a_copy(program: FrozenProgram, tmp_path: Path) -> None:
+    path, device = lowered(tmp_path, "tflite"), devices.connect("local")
+    older = replace(device, machine={"packages": {"tflite-runtime": "2.14.0"}})
+    (found,) = older.taps_each(path, "tflite", program, [X[:1]])
+    wanted = get("tflite").taps(path, program, [X[:1]])
+    assert found.keys() == wanted.keys() - {"quantize"} and len(found) > 10  # that one is the file's input
+    assert all(np.abs(found[k].astype(int) - wanted[k].astype(int)).max() <= 1 for k in found)
 
 
 RESULT: dict[str, Any] = {

@@ -27,7 +27,9 @@ def firmware(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
             parts += [f"### Networks on {chosen[0]['core']} ({board})", _networks(chosen, titles)]
     parts += ["### RAM", _arenas([r for r in networks if r["board"] == MAIN[0]], titles)]
     parts += ["### Single layers", _layers([r for r in rows if r["kind"] == "kernel"])]
-    parts += ["### Every other board", _boards([r for r in networks if r["board"] not in MAIN], titles)]
+    others = [r for r in networks if r["board"] not in MAIN]
+    if others:
+        parts += ["### Every other board", _boards(others, titles)]
     parts += [_walls(networks)]
     sets = [r for r in rows if r["kind"] == "set"]
     if sets:

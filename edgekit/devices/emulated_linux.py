@@ -24,7 +24,7 @@ import numpy as np
 from edgekit.devices import arm64_root, instruction_clock
 from edgekit.devices.arm64_cpu import CPUS
 from edgekit.devices.linux import Arrays, File, Here, Linux, Options, Progress, options
-from edgekit.errors import EdgekitError, InputError, MissingTool
+from edgekit.errors import EdgekitError, InputError, MissingTool, UnsupportedError
 from edgekit.firmware_sim import clock
 from edgekit.frozen import FrozenProgram
 from edgekit.profile import Profile, Settings
@@ -66,6 +66,11 @@ class EmulatedLinux(Linux):
     """A Linux device whose profile is a count of instructions; ``cpu`` is what the emulator takes itself for."""
 
     cpu: str = _CPU
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Targets whose runtime is installed and runs on this processor."""
+        return tuple(t for t in super().targets if t != "executorch" or _has_atomics(self.cpu))
 
     def profile(
         self,
@@ -146,7 +151,17 @@ def _options(spec: str) -> tuple[str, Options]:
         raise InputError(f"device {spec!r}: the arm64 Linux has one Python; leave python= out")
     if given.runtime and given.runtime not in arm64_root.RUNTIMES:
         raise InputError(f"device {spec!r}: {given.runtime!r} is no runtime; choose one of: {', '.join(arm64_root.RUNTIMES)}")
+    if given.runtime == "executorch" and not _has_atomics(cpu):
+        raise UnsupportedError(
+            f"device {spec!r}: torch's aarch64 wheels begin with atomic instructions of Armv8.1, which a {cpu} "
+            f"({CPUS[cpu].boards}) does not have; use a .tflite or .onnx file there"
+        )
     return cpu, given
+
+
+def _has_atomics(cpu: str) -> bool:
+    """Whether torch 2.10.0 can be imported: its wheel has LDADDAL in code that runs at once, and ends by SIGILL elsewhere."""
+    return "atomics" in CPUS[cpu].features.split()
 
 
 def _emulator(program: str) -> str:

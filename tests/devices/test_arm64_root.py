@@ -12,7 +12,9 @@ import pytest
 from edgekit import cli
 from edgekit.devices import arm64_root, connect
 from edgekit.devices.arm64_cpu import CPUS, write_system_files
-from edgekit.errors import FormatError, InputError, MissingTool
+from edgekit.devices.emulated_linux import EmulatedLinux
+from edgekit.devices.linux import Options
+from edgekit.errors import FormatError, InputError, MissingTool, UnsupportedError
 
 
 @pytest.fixture
@@ -57,6 +59,15 @@ def test_a_device_needs_the_linux_and_a_known_processor(empty: Path, monkeypatch
     }.items():
         with pytest.raises(InputError, match=words):
             connect(spec)
+
+
+def test_executorch_is_refused_where_its_torch_cannot_start() -> None:
+    for cpu in ("cortex-a53", "cortex-a72"):
+        with pytest.raises(UnsupportedError, match=rf"atomic instructions of Armv8\.1, which a {cpu} \(Raspberry Pi"):
+            connect(f"qemu-aarch64:cpu={cpu}&runtime=executorch")
+    everything = {"packages": dict.fromkeys(arm64_root.WHEELS, "1")}
+    old, new = (EmulatedLinux("x", None, Options(), everything, cpu).targets for cpu in ("cortex-a72", "cortex-a76"))
+    assert old == ("tflite", "onnx") and new == ("executorch", "tflite", "onnx")
 
 
 def test_a_part_is_there_whole_or_not_at_all(empty: Path) -> None:

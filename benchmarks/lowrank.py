@@ -128,7 +128,7 @@ def compressed(name: str, rank: str, epochs: int, rate: float, more: Callable[..
     unlabelled = Data(data.calibration, None, more(*data.training) if more else data.training)
     for variant, options in (("svd", {"solver": "svd"}), ("svd_data ced", {"scheme": "ced"}), ("svd_data", {})):
         began = time.perf_counter()
-        made, record = lowrank(graph, LowRank(rank=rank, samples=256, **options), unlabelled)  # type: ignore[arg-type]
+        made, record = lowrank(graph, LowRank(rank=rank, samples=600, **options), unlabelled)  # type: ignore[arg-type]
         cost = graph_cost(made)
         row = {**start, "variant": f"{rank} {variant}", "accuracy": accuracy(made.module, data), **cost}
         row.pop("size")

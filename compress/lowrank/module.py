@@ -84,7 +84,7 @@ def factorize(
 
     whole = None
     if stream and seen:
-        whole = Model(*_sizes(model), seen.macs, _outputs(model, stream))
+        whole = Model(*_sizes(model), seen.macs, _outputs(model, stream, settings.samples))
     done, refused = factorize_layers(layers, moments, settings, whole, step)
     chains: dict[int, nn.Module] = {}
     for name, f in done.items():
@@ -302,14 +302,15 @@ def _moments(
     return moments
 
 
-def _outputs(model: nn.Module, stream: _Stream) -> Callable[[Mapping[str, Tensor]], Sequence[Tensor]]:
+def _outputs(model: nn.Module, stream: _Stream, samples: int) -> Callable[[Mapping[str, Tensor]], Sequence[Tensor]]:
     shapes = {n: p.shape for n, p in model.named_parameters(remove_duplicate=False)}
 
     def outputs(weights: Mapping[str, Tensor]) -> Sequence[Tensor]:
         given = {n: w.reshape(shapes[n]) for n, w in weights.items()}
         parts: list[list[Tensor]] = []
         with _evaluating(model):
-            for batch in stream(_PROBES):
+            for whole in stream(samples):  # some of each batch: data may be sorted
+                batch = tuple(t[: -(-len(t) * _PROBES // samples)] for t in whole)
                 result = torch.func.functional_call(model, given, batch)
                 parts.append([t for t in _tensors(result) if t.is_floating_point()])
         return [torch.cat(column).float().cpu() for column in zip(*parts, strict=True)]

@@ -195,7 +195,8 @@ def _outputs(graph: Graph, settings: LowRank, data: Data) -> Callable[[Mapping[s
     def outputs(weights: Mapping[str, Tensor]) -> Sequence[Tensor]:
         parts: list[list[Tensor]] = []
         with torch.no_grad():
-            for batch in _calibration(graph, settings, data, min(_PROBES, settings.samples)):
+            for whole in _calibration(graph, settings, data, settings.samples):  # some of each batch: data may be sorted
+                batch = tuple(t[: -(-len(t) * _PROBES // settings.samples)] for t in whole)
                 result = torch.func.functional_call(graph.module, dict(weights), batch)
                 parts.append(list(result) if isinstance(result, tuple | list) else [result])
         return [torch.cat(column).float() for column in zip(*parts, strict=True)]

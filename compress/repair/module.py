@@ -63,7 +63,7 @@ def repair_module(
     parameters = [p.requires_grad_(True) for p in made.parameters() if p.is_floating_point()]
 
     def judged() -> float:
-        return distance(*forward, _first(epoch_of(inputs, 64, torch.Generator()), count, 256), settings)
+        return distance(*forward, _first(epoch_of(inputs, 64, torch.Generator()), count, 2048), settings)
 
     before = judged()
 

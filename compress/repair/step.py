@@ -25,7 +25,7 @@ __all__ = ["points", "repair", "repair_plan"]
 
 Progress = Callable[[str, int, int], None]
 _WEIGHTED = (ATEN.conv2d.default, ATEN.linear.default)
-_JUDGED = 256
+_JUDGED = 2048
 """Calibration samples on which the state before and after is compared."""
 
 

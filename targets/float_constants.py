@@ -7,6 +7,7 @@ its float32 numbers
 * after operators of the program that read nothing but constants (a slice of a table of positions), computed here;
 * in blocks of a recurrent layer's gates (ONNX orders them otherwise), its two biases also as their sum;
 * times a number that the program, or an attention's scale, multiplies or divides by;
+* with the lowest float32 for -inf, which a softmax does not tell apart (attention masks);
 * as one number where all are equal, not at all where all are 1 or all 0 (nothing is multiplied or added then).
 
 Where a neighbouring operator has constants too, converters may merge the two (a normalization's scale into a weight); such
@@ -35,6 +36,7 @@ Array = NDArray[np.float32]
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 _ARITHMETIC = {"add", "sub", "rsub", "mul", "div", "batch_norm", "native_batch_norm_legit_no_training", "addmm", "addcmul"}
 _LAYOUT = {"reshape", "view", "permute", "transpose", "unsqueeze", "squeeze", "expand", "contiguous", "clone", "flatten", "t"}
+_LOWEST = np.finfo(np.float32).min
 _ROUNDED = 0.01
 """Numbers all within this ratio of the expected ones are taken for a rounded copy, not for other numbers."""
 
@@ -69,6 +71,7 @@ def compare_floats(program: FrozenProgram, stored: Sequence[Stored]) -> tuple[li
         stored: every float constant of the file that is no scale of an integer layer.
     """
     wanted, factors = _wanted(program), _factors(program)
+    stored = [Stored(s.hint, np.maximum(s.values, _LOWEST)) for s in stored]
     explained: set[int] = set()
     missing: list[_Wanted] = []
     for w in wanted:
@@ -252,7 +255,7 @@ def _by_name(wanted: Sequence[_Wanted], s: Stored) -> list[_Wanted]:
 
 
 def _array(value: Any) -> Array:
-    return np.ascontiguousarray(value.detach().float().numpy())
+    return np.ascontiguousarray(np.maximum(value.detach().float().numpy(), _LOWEST))
 
 
 def _attribute(module: Any, name: str) -> Any:

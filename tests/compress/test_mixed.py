@@ -77,6 +77,7 @@ def test_a_budget_of_bytes_is_kept_and_used(kind: type[nn.Module], share: float)
     assert all(int(w.integers.abs().max()) < 1 << (w.bits - 1) for w in plan.weights.values())
 
 
+@pytest.mark.slow
 def test_the_choice_has_less_noise_than_others_of_its_size() -> None:
     graph, plan, model, x = mixed(Modules, size=0.75)
     budget = 0.75 * sum(w.integers.numel() for w in plan.weights.values())

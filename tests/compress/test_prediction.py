@@ -98,6 +98,7 @@ def test_augmentations_are_what_their_names_say() -> None:
         augmented(torch.randn(4, 6), "flip", generator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [

@@ -69,6 +69,7 @@ def accuracy(graph: Graph, plan: Plan) -> float:
     return float((freeze(graph, plan).run(x)[0].argmax(1) == y).float().mean())
 
 
+@pytest.mark.slow
 def test_training_beats_rounding_to_nearest() -> None:
     graph, nearest = quantize(captured(), PTQ(**FOUR), data())
     _, trained = train(graph, QAT(epochs=3, learning_rate=1e-3, **FOUR), data())

@@ -121,6 +121,7 @@ def test_every_kind_of_graph_can_be_reconstructed(method: str, kind: type[nn.Mod
     assert all(int(w.integers.abs().max()) <= 7 for w in plan.weights.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["adaround", "brecq"])
 def test_a_residual_block_comes_closer_to_float_than_with_nearest_rounding(method: str) -> None:
     torch.manual_seed(0)

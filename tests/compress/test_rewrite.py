@@ -69,6 +69,7 @@ def check(model: nn.Module, x: Tensor, settings: Rewrite) -> tuple[Graph, object
     return made, record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", STYLES)
 @pytest.mark.parametrize("norm", ["rms", "crms"])
 def test_norms_and_attention_are_rewritten_exactly_in_every_style(kind: type[nn.Module], norm: str) -> None:

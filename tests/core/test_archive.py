@@ -63,6 +63,7 @@ def test_same_program_same_bytes(program: FrozenProgram, data: bytes, tmp_path: 
     assert (tmp_path / "one.pt2").read_bytes() == (tmp_path / "another-name.pt2").read_bytes() == data
 
 
+@pytest.mark.slow
 def test_same_bytes_in_another_process(tmp_path: Path) -> None:
     script = "import nets, pathlib, edgekit.frozen as f; f.save(nets.residual_net(), pathlib.Path('x.pt2'))"
     environment = os.environ | {"PYTHONPATH": str(HERE.parent), "PYTHONHASHSEED": "77"}
@@ -203,6 +204,7 @@ def test_hostile_file_is_not_executed(case: str, tmp_path: Path, monkeypatch: py
         assert not Path(hostile.MARK).exists()
 
 
+@pytest.mark.slow
 def test_the_payloads_are_real(tmp_path: Path) -> None:
     """Plain ``torch.export.load`` runs them, in a process of its own."""
     (tmp_path / "payload_module.py").write_text(f"open('{hostile.MARK}', 'w')\n")

@@ -107,6 +107,7 @@ def test_bad_input_is_exit_code_2_and_one_sentence(args: list[str], words: str, 
     assert code == 2 and words in text and "\n" not in text
 
 
+@pytest.mark.slow
 def test_a_failed_check_is_exit_code_1(recipe: Path, tmp_path: Path) -> None:
     text = recipe.read_text().replace("max_accuracy_drop: 10", "max_accuracy_drop: 0")
     (recipe.parent / "strict.yaml").write_text(text.replace("observer: minmax", "weights: int2, keep_first_last_8bit: false"))
@@ -116,6 +117,7 @@ def test_a_failed_check_is_exit_code_1(recipe: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_errors_stand_on_stderr_without_a_traceback_unless_asked_for(tmp_path: Path) -> None:
     done = process("verify", tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
@@ -131,6 +133,7 @@ def test_a_missing_extra_is_exit_code_3(monkeypatch: pytest.MonkeyPatch, recipe:
     assert code == 3 and "pip install 'edgekit[onnx]'" in text
 
 
+@pytest.mark.slow
 def test_a_bug_is_exit_code_70_with_its_traceback(recipe: Path) -> None:
     (recipe.parent / "sitecustomize.py").write_text("import edgekit.recipe\nedgekit.recipe.load = lambda *a: 1 / 0\n")
     done = process("run", recipe, PYTHONPATH=str(recipe.parent))

@@ -41,6 +41,7 @@ def data(model: nn.Module) -> edgekit.Data:
     return edgekit.Data(calibration=X[:64], evaluation=(X[64:], labels[64:]))
 
 
+@pytest.mark.slow
 def test_run_model_makes_what_the_recipe_makes(tmp_path: Path) -> None:
     recipe = tiny_recipe.write(tmp_path / "r")
     by_recipe = pipeline.run(recipe, tmp_path / "recipe")

@@ -21,6 +21,8 @@ from edgekit.recipe import Verify
 from edgekit.stages import Evaluation
 from edgekit.targets import get
 
+pytestmark = pytest.mark.slow
+
 LAYER = "block.pw"
 FAULTS = ("weight", "scale", "zero point", "bias")
 TARGETS = ("executorch", "tflite", "onnx")

@@ -26,7 +26,10 @@ from edgekit.parity import Parity
 from edgekit.profile import Settings
 from edgekit.targets import cortex_m
 
-pytestmark = pytest.mark.skipif(cortex_m.M4.available() is not None, reason="needs arm-none-eabi-gcc and qemu-system-arm")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(cortex_m.M4.available() is not None, reason="needs arm-none-eabi-gcc and qemu-system-arm"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from edgekit.firmware_sim.count import count
 from edgekit.firmware_sim.memory import measure, symbols
 from edgekit.firmware_sim.toolchain import Firmware, Project, build
 
+pytestmark = pytest.mark.slow
+
 SOURCE = Path(__file__).with_name("count.c")
 
 

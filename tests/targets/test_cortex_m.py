@@ -51,6 +51,7 @@ def firmware_equals_reference(core: str, program: FrozenProgram, folder: Path, i
             assert [name for name in layers if not np.array_equal(layers[name], taps[name])] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("core", ["cortex-m0", "cortex-m4", "cortex-m55"])
 def test_residual_networks_run_as_their_reference_says(core: str, tmp_path: Path) -> None:
     for bits in (8, 4):
@@ -274,6 +275,7 @@ def test_a_recipe_exports_and_verifies_firmware(tmp_path: Path) -> None:
     assert content[0] == content[1]
 
 
+@pytest.mark.slow
 def test_a_digits_network_keeps_its_accuracy_on_the_board(tmp_path: Path) -> None:
     datasets = pytest.importorskip("sklearn.datasets")
     pixels, labels = datasets.load_digits(return_X_y=True)

@@ -13,7 +13,10 @@ from edgekit.firmware_sim.qemu import run
 from edgekit.targets import cortex_m, get
 from edgekit.targets.cortex_m import elf, host
 
-pytestmark = pytest.mark.skipif(cortex_m.M4.available() is not None, reason="needs arm-none-eabi-gcc and qemu-system-arm")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(cortex_m.M4.available() is not None, reason="needs arm-none-eabi-gcc and qemu-system-arm"),
+]
 
 
 @pytest.mark.parametrize("core", ["cortex-m0", "cortex-m4", "cortex-m55"])

@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 from edgekit.targets import cortex_m, get
 from edgekit.targets.cortex_m.preparation import prepare, simulate
 
-pytestmark = pytest.mark.skipif(cortex_m.M4.available() is not None, reason="needs arm-none-eabi-gcc and qemu-system-arm")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(cortex_m.M4.available() is not None, reason="needs arm-none-eabi-gcc and qemu-system-arm"),
+]
 FEW = settings(max_examples=4, deadline=None, phases=(Phase.explicit, Phase.generate), suppress_health_check=list(HealthCheck))
 SETS = {"cortex-m0": "portable", "cortex-m4": "dsp", "cortex-m55": "mve"}
 

@@ -13,6 +13,8 @@ from edgekit.devices.runner import open_program
 from edgekit.targets import get, tflite_file
 from edgekit.targets.cuts import EMPTY, cuts
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("target", ["onnx", pytest.param("tflite", marks=pytest.mark.slow)])
 def test_every_cut_computes_its_layer_from_the_layers_before(target: str, tmp_path: Path) -> None:

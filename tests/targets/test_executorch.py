@@ -22,6 +22,8 @@ from edgekit.targets import executorch
 from edgekit.targets.pte_file import PteFile, read_pte
 from edgekit.targets.pte_layers import place
 
+pytestmark = pytest.mark.slow
+
 if executorch.available() is not None:
     pytest.skip("executorch is not installed", allow_module_level=True)
 

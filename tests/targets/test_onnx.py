@@ -168,6 +168,7 @@ def test_tables_are_exact(folder: Path) -> None:
     assert worst_lsb(program, path, x)["gelu"] == 0
 
 
+@pytest.mark.slow
 def test_same_program_gives_same_bytes_without_paths(folder: Path, tmp_path: Path) -> None:
     for make in (residual_net, mixed_net):
         a, b = target.lower(make(), folder / "a.onnx").path, target.lower(make(), tmp_path / "b.onnx").path

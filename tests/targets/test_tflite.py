@@ -214,12 +214,14 @@ def test_same_bytes_twice_and_in_another_process(residual: tuple[FrozenProgram, 
     assert (tmp_path / "other.tflite").read_bytes() == here
 
 
+@pytest.mark.slow
 def test_option_a_shortcut(tmp_path: Path) -> None:
     artifact = check(program(OptionA, 3, 16, 16), tmp_path / "m.tflite", noise(4, 3, 16, 16), lsb=2)
     assert artifact.notes == ()
     assert {row.layer: row.op for row in artifact.coverage}["channels"] == "PAD"
 
 
+@pytest.mark.slow
 def test_rescaling_concat_and_pool_groups_and_tables(tmp_path: Path) -> None:
     frozen = program(Mixed, 3, 16, 16)
     artifact = check(frozen, tmp_path / "m.tflite", noise(4, 3, 16, 16), lsb=2)
@@ -248,6 +250,7 @@ def test_all_256_entries_of_a_table(function: str, out: tuple[float, int], op: s
     assert tap_errors(frozen, artifact.path, x)["1"] <= lsb
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 2])
 def test_packed_weights(bits: int, tmp_path: Path) -> None:
     frozen = program(lambda: Square(bits), 8, 8, 8)

@@ -23,6 +23,8 @@ from edgekit.targets.tflite_file import parse, read, serialize
 from edgekit.targets.tflite_wide import is_wide, twin
 from edgekit.verify import verify_artifact
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("litert_torch")
 
 X = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))

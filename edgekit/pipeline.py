@@ -148,13 +148,19 @@ def verify(
     except InputError as error:
         warnings.append(f"the recipe's data cannot be loaded ({error}); verified on the samples stored in the run")
     names = devices if devices is not None else settings.verify.devices if targets is None else ()
+    there = present(folder)
     with measure.connected(names) as found:
-        on = measure.pairs(list(found.values()), targets, present(folder))
+        for device in found.values():
+            if targets is None and there and not set(device.targets) & set(there):
+                remedy = f"make one with `edgekit export {folder} --target {device.targets[0]}`"
+                raise InputError(f"{folder} has {', '.join(there)}; {device.name} runs {', '.join(device.targets)}; {remedy}")
+        on = measure.pairs(list(found.values()), targets, there)
         with runfolder.staged(folder, keep=True) as work:
             stages = Stages(work, False, progress)
-            (work / "report.html").unlink(missing_ok=True)
             with stages.timed("verify"):
                 parity = _verify(stages, settings, data, targets if devices is None else (), on)
+            if (work / "report.html").exists():
+                _report(stages)
     return replace(_outcome(stages, folder), parity=parity, warnings=(*warnings, *stages.warnings))
 
 
@@ -207,8 +213,18 @@ def profile(
 
 
 def report(folder: Path, *, progress: Progress | None = None) -> Outcome:
-    """Write ``report.html`` of a run folder that was verified."""
+    """Write ``report.html`` of a run folder that was verified.
+
+    Raises:
+        FormatError: not a verified run, or a file is not the one that was verified.
+    """
+    from edgekit.parity import Parity
+    from edgekit.verify import unchanged
+
     runfolder.open_run(folder, "frozen.pt2", "parity.json")
+    for artifact in Parity.load(Path(folder) / "parity.json").artifacts:
+        if not unchanged(Path(folder), artifact):
+            raise FormatError(f"{folder}: {artifact.file} is not the file that was verified; run `edgekit verify {folder}` first")
     with runfolder.staged(folder, keep=True) as work:
         stages = Stages(work, False, progress)
         _report(stages)

@@ -42,7 +42,7 @@ from edgekit.stage_table import Arrays, stage_row
 from edgekit.stages import Evaluation, StageOutputs, judged_on, load_stage, spread
 from edgekit.targets import TARGETS, digest, get, present
 
-__all__ = ["verify_artifact", "verify_run"]
+__all__ = ["unchanged", "verify_artifact", "verify_run"]
 
 Progress = Callable[[str, int, int], None]
 """Called with (what runs, samples done, samples in all)."""
@@ -68,7 +68,8 @@ def verify_run(
     Raises:
         FormatError: no frozen program in the folder.
         DataError: ``data`` is not the data that the stages were made with.
-        EdgekitError: no file can be checked (the first one's reason); if one can, what kept the others from it is a breach.
+        MissingTool: nothing that the files need is installed. What keeps a file from being checked is a breach, and so is an
+            exported file that is gone.
     """
     folder, settings = Path(folder), settings or Verify()
     program = load(folder / "frozen.pt2")
@@ -89,8 +90,14 @@ def verify_run(
             if not isinstance(job, str):
                 raise
             failures.append((f"{name}: {path.name} could not be checked: {error}", error))
-    if failures and not found:
+    if failures and not found and all(isinstance(error, MissingTool) for _, error in failures):
         raise failures[0][1]
+    breaches = [text for text, _ in failures]
+    if targets is None and not on:
+        breaches += [
+            f"{name}: {file} is gone; export it again with `edgekit export RUN --target {name}`" for name, file in _gone(folder)
+        ]
+    breaches += _cost_of_compression(references, evaluation, settings)
     artifacts = _with_earlier(folder, found, settings, stages)
     labelled = evaluation.labels is not None and stages[-1].metric is not None
     parity = Parity(
@@ -102,7 +109,7 @@ def verify_run(
         stages=(*stages, *(a.stage for a in artifacts)),
         artifacts=artifacts,
         unchecked=tuple(name for name in present(folder) if name not in {a.target for a in artifacts}),
-        run_breaches=tuple(text for text, _ in failures),
+        run_breaches=tuple(breaches),
         notes=tuple(notes),
     )
     parity.save(folder / "parity.json")
@@ -185,7 +192,8 @@ def _output_breaches(
             f"{settings.max_lsb + 1:g} allowed: the file does not compute what its layers compute"
         )
     if settings.max_accuracy_drop is not None and stage.metric is not None and evaluation.labels is not None:
-        base = "float" if "float" in references else "frozen"
+        # what compression itself cost is said once, not of every file
+        base = "float" if "float" in references and not _cost_of_compression(references, evaluation, settings) else "frozen"
         drop = score(evaluation.metric, np.asarray(references[base][0]), evaluation.labels) - stage.metric
         if drop > settings.max_accuracy_drop + 1e-9:
             breaches.append(
@@ -193,6 +201,26 @@ def _output_breaches(
                 f"{settings.max_accuracy_drop:g} allowed"
             )
     return breaches
+
+
+def _cost_of_compression(references: Mapping[str, Arrays], evaluation: Evaluation, settings: Verify) -> list[str]:
+    """The breach of ``max_accuracy_drop`` that the frozen program is to blame for, not a file; empty if there is none."""
+    allowed, labels = settings.max_accuracy_drop, evaluation.labels
+    if allowed is None or labels is None or "float" not in references or "frozen" not in references:
+        return []
+    before, after = (score(evaluation.metric, np.asarray(references[n][0]), labels) for n in ("float", "frozen"))
+    if before - after <= allowed + 1e-9:
+        return []
+    return [
+        f"compression: {metric_name(evaluation.metric)} fell by {before - after:.3g} from float ({before:.4g}) to the frozen "
+        f"program ({after:.4g}), {allowed:g} allowed; no file is to blame, `edgekit analyze` says which layer is"
+    ]
+
+
+def _gone(folder: Path) -> list[tuple[str, str]]:
+    """(target, file) of what was exported into the run and is not there any more."""
+    files = {name: f"model{get(name).SUFFIX}" for name in TARGETS if (folder / f"export_{name}.json").exists()}
+    return [(name, file) for name, file in files.items() if not (folder / file).exists()]
 
 
 def _with_size(stage: Stage, stored: StageOutputs | None, program: FrozenProgram) -> Stage:
@@ -214,11 +242,11 @@ def _jobs(folder: Path, targets: Sequence[str] | None, on: Sequence[tuple[Any, s
     for name, _ in jobs:
         path = folder / f"model{get(name).SUFFIX}"
         if not path.exists():
-            raise InputError(f"{folder}: no model{get(name).SUFFIX}; make it with `edgekit export --target {name}`")
+            raise InputError(f"{folder}: no model{get(name).SUFFIX}; make it with `edgekit export {folder} --target {name}`")
         if name in here and hasattr(get(name), "home"):
             home.add((name, get(name).home(path)))
     if not jobs:
-        raise InputError(f"{folder}: no model file to verify; make one with `edgekit export`")
+        raise InputError(f"{folder}: no model file to verify; make one with `edgekit export {folder} --target NAME`")
     return [(name, job) for name, job in jobs if isinstance(job, str) or (name, job.device.name) not in home]
 
 
@@ -250,7 +278,7 @@ def _with_earlier(
         return tuple(found)
     same = before.settings == _tolerances(settings) and before.stages[: len(stages)] == tuple(stages)
     known = {(a.target, a.device) for a in found}
-    kept = [a for a in before.artifacts if same and (a.target, a.device) not in known and _still(folder, a)]
+    kept = [a for a in before.artifacts if same and (a.target, a.device) not in known and unchanged(folder, a)]
     order = {name: i for i, name in enumerate(TARGETS)}
     return tuple(sorted([*kept, *found], key=lambda a: (order.get(a.target, len(order)), a.device)))
 
@@ -260,8 +288,8 @@ def _tolerances(settings: Verify) -> dict[str, Any]:
     return {key: value for key, value in asdict(settings).items() if key != "devices"}
 
 
-def _still(folder: Path, artifact: ArtifactParity) -> bool:
-    """The file is the one that was checked."""
+def unchanged(folder: Path, artifact: ArtifactParity) -> bool:
+    """Whether the file of a run folder is the one that was checked, to the byte."""
     if artifact.target not in TARGETS:
         return False
     module = get(artifact.target)

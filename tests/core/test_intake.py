@@ -19,7 +19,7 @@ from edgekit.compress import apply
 from edgekit.compress.capture import capture
 from edgekit.compress.ptq import PTQ, quantize_model
 from edgekit.data import Data, batches, sample_inputs
-from edgekit.errors import DataError, EdgekitError, InputError, ModelError, cause
+from edgekit.errors import DataError, EdgekitError, FormatError, InputError, ModelError, cause
 from edgekit.metrics import score
 from edgekit.recipe import Block
 from edgekit.stages import evaluate, evaluation_set
@@ -319,5 +319,28 @@ def test_a_file_that_cannot_be_read_does_not_hide_what_is_wrong_with_the_others(
     assert [a.target for a in outcome.parity.artifacts] == ["onnx"] and outcome.parity.artifacts[0].ok
     (breach,) = outcome.parity.breaches
     assert breach.startswith("tflite: model.tflite could not be checked: ")
-    with pytest.raises(EdgekitError, match=r"model\.tflite"):
-        pipeline.verify(tmp_path / "run", ["tflite"])
+    alone = pipeline.verify(tmp_path / "run", ["tflite"])
+    assert alone.parity is not None and any("model.tflite could not be checked" in b for b in alone.parity.breaches)
+
+
+def test_a_file_that_is_gone_is_a_breach_until_it_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
+    pipeline.run(tiny_recipe.write(tmp_path), tmp_path / "run")
+    (tmp_path / "run" / "export_tflite.json").write_text("{}")  # as an export of model.tflite leaves it
+    for _ in range(2):
+        outcome = pipeline.verify(tmp_path / "run")
+        assert outcome.parity is not None
+        (breach,) = outcome.parity.breaches
+        assert breach.startswith("tflite: model.tflite is gone; export it again with `edgekit export")
+    assert "model.tflite is gone" in (tmp_path / "run" / "report.html").read_text()  # the page follows
+
+
+def test_no_page_is_written_about_a_file_that_was_altered_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
+    pipeline.run(tiny_recipe.write(tmp_path), tmp_path / "run")
+    with (tmp_path / "run" / "model.onnx").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(FormatError, match=r"model\.onnx is not the file that was verified"):
+        pipeline.report(tmp_path / "run")

@@ -130,6 +130,18 @@ def test_tolerance_and_accuracy_drop(program: FrozenProgram, samples: Evaluation
     assert verify.verify_artifact(program, FakeTarget(device), file, samples, None, replace(loose, max_accuracy_drop=100)).ok
 
 
+def test_what_compression_cost_is_no_files_fault(program: FrozenProgram, samples: Evaluation, file: Path) -> None:
+    frozen = program.run(*samples.inputs)[0].numpy()
+    labels = (frozen.argmax(1) + 1) % 10  # the frozen program is always wrong, the float model never
+    wrong, float_outputs = replace(samples, labels=labels), [np.eye(10, dtype=np.float32)[labels]]
+    settings = Verify(max_accuracy_drop=0.5)
+    references = {"float": float_outputs, "frozen": [frozen]}
+    assert verify.verify_artifact(program, FakeTarget(program), file, wrong, references, settings).ok
+    (cost,) = verify._cost_of_compression(references, wrong, settings)
+    assert cost.startswith("compression: accuracy fell by 100 from float (100) to the frozen program (0), 0.5 allowed")
+    assert not verify._cost_of_compression({"float": [frozen], "frozen": [frozen]}, wrong, settings)
+
+
 def test_outputs_of_another_shape(program: FrozenProgram, samples: Evaluation, file: Path) -> None:
     with pytest.raises(DataError, match=r"stage float: outputs of shapes \(12, 3\)"):
         verify.stage_row("float", [np.zeros((12, 3))], {"frozen": [np.zeros((12, 10))]}, samples, program)

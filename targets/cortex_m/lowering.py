@@ -18,7 +18,7 @@ from torch import Tensor as TorchTensor
 from torch import fx
 
 from edgekit.errors import UnsupportedError
-from edgekit.frozen import FrozenProgram, Layer
+from edgekit.frozen import FrozenProgram, Layer, Unquantized
 from edgekit.targets.cortex_m import softmax
 from edgekit.targets.cortex_m.graph import Firmware, Port, Step, Tensor
 
@@ -35,6 +35,18 @@ _REMEDIES = {
 }
 _REMEDY = "replace it by operators with an integer form, take it out of the model, or lower to executorch, tflite or onnx"
 
+_MOVES = {
+    "alias", "arange", "cat", "chunk", "clone", "constant_pad_nd", "contiguous", "expand", "flatten", "full", "ones",
+    "pad", "permute", "reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind",
+    "unsqueeze", "view", "zeros",
+}  # fmt: skip
+"""ATen operators without arithmetic."""
+
+_FOR_OTHERS = ("an input of it is float", "only float operators use it", "no integer operator", "it feeds a layer normalization")
+"""How the reasons begin of layers that could be integers if their neighbours were."""
+
+_SHOWN = 4
+
 
 def refusal(program: FrozenProgram, layer: str, what: str, remedy: str) -> UnsupportedError:
     """The sentence for something firmware cannot take."""
@@ -45,22 +57,16 @@ def refusal(program: FrozenProgram, layer: str, what: str, remedy: str) -> Unsup
 
 
 def refuse(program: FrozenProgram) -> None:
-    """Raise UnsupportedError for the first layer with 16-bit activations or in float, a softmax between integers excepted."""
+    """Raise UnsupportedError for layers in float, a softmax between integers excepted, or the first with 16-bit activations."""
     from edgekit.targets.cortex_m.rules import RULES
 
-    names = {layer.node for layer in program.layers} | set(softmax.found(program))
-    reasons = {u.layer: u.reason for u in program.unquantized}
-    for node in program.module.graph.nodes:
-        if node.op != "call_function" or node.name in names:
-            continue
-        if not isinstance(node.meta.get("val"), TorchTensor):
-            continue
-        op = str(node.target).removeprefix("aten.").split(".")[0].strip("_")
-        stack = node.meta.get("nn_module_stack") or {}
-        unquantized = next((u.layer for u in program.unquantized if u.op.strip("_") in (op, f"{op}_")), "")
-        name = unquantized or (next(reversed(stack.values()))[0] if stack else "") or node.name
-        because = f" ({reasons[name]})" if name in reasons else ""
-        raise refusal(program, name, f"stays in float: {op}{because}", _REMEDIES.get(op, _REMEDY))
+    found = _in_float(program)
+    if len(found) == 1:
+        (only,) = found
+        because = f" ({only.reason})" if only.reason else ""
+        raise refusal(program, only.layer, f"stays in float: {only.op}{because}", _REMEDIES.get(only.op, _REMEDY))
+    if found:
+        raise UnsupportedError(_several(program, found))
     for layer in program.layers:
         bits = max(int(layer.args.get(k, 8)) for k in ("out_bits", "bits"))
         if bits > 8:
@@ -68,6 +74,42 @@ def refuse(program: FrozenProgram) -> None:
             raise refusal(program, layer.name, f"has {bits}-bit activations", remedy)
         if layer.op not in RULES:
             raise refusal(program, layer.name, f"is the operator {layer.op}", _REMEDY)
+
+
+def _in_float(program: FrozenProgram) -> list[Unquantized]:
+    """Each layer that stays in float, once, those first that are so by themselves and not for a neighbour's sake.
+
+    Operators that only move numbers are left out: they are float because of what is beside them. Only where nothing else is
+    in float are they the answer.
+    """
+    known = {u.layer: u for u in program.unquantized}
+    taken, softmaxes = {layer.node for layer in program.layers}, softmax.found(program)
+    found: dict[str, Unquantized] = {}
+    for node in program.module.graph.nodes:
+        if node.op != "call_function" or node.name in taken or node.name in softmaxes:
+            continue
+        if not isinstance(node.meta.get("val"), TorchTensor):
+            continue
+        op = str(node.target).removeprefix("aten.").split(".")[0].strip("_")
+        stack = node.meta.get("nn_module_stack") or {}
+        name = (next(reversed(stack.values()))[0] if stack else "") or node.name
+        found.setdefault(name, known.get(name, Unquantized(name, op, "")))
+    computing = [u for u in found.values() if u.op not in _MOVES] or list(found.values())[:1]
+    return sorted(computing, key=lambda u: u.reason.startswith(_FOR_OTHERS))
+
+
+def _several(program: FrozenProgram, found: Sequence[Unquantized]) -> str:
+    """One sentence for more than one layer in float: the first few with their lines, how many more, and the remedies."""
+    shown = []
+    for u in found[:_SHOWN]:
+        place = program.sources.get(u.layer)
+        because = "" if not u.reason or u.reason.startswith(u.op) else f", {u.reason}"
+        shown.append(f"{u.layer} ({place}: {u.op}{because})" if place else f"{u.layer} ({u.op}{because})")
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    causes = dict.fromkeys(u.op for u in found[:_SHOWN] if not u.reason.startswith(_FOR_OTHERS))
+    remedies = [f"for {op}, {_REMEDIES[op]}" for op in causes if op in _REMEDIES]
+    remedy = "; ".join([*remedies, "otherwise " + _REMEDY if remedies else _REMEDY])
+    return f"layers {', '.join(shown)}{more} stay in float, which Cortex-M firmware does not take: {remedy}"
 
 
 @dataclass

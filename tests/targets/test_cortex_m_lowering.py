@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -105,6 +106,46 @@ def test_a_float_layer_is_refused_by_name_line_and_remedy() -> None:
         prepare(program, "portable")
     with pytest.raises(UnsupportedError, match="log_softmax"):
         preflight.check_program(program, "cortex-m4")
+
+
+class Encoded(nn.Module):
+    """Attention, layer normalizations and a mean in float, and the reshapes between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.encoder(self.first(x)).mean(1))
+
+
+def test_all_float_layers_are_named_and_none_that_only_moves_numbers() -> None:
+    torch.manual_seed(0)
+    program = quantize_model(Encoded().eval(), Data(torch.randn(16, 5, 8)), PTQ(observer="minmax"))
+    with pytest.raises(UnsupportedError) as failure:
+        preflight.check_program(program, "cortex-m4")
+    line, norm = r"\(test_cortex_m_lowering\.py:\d+: ", r"\(test_cortex_m_lowering\.py:\d+: layer_norm\)"
+    assert re.fullmatch(
+        rf"layers \w+ {line}scaled_dot_product_attention\), encoder\.norm1 {norm}, encoder\.norm2 {norm}, "
+        rf"mean {line}mean, only a mean [^)]*\) and 2 more stay in float, .*: for layer_norm, use batch normalization.*",
+        str(failure.value),
+    )
+
+
+def test_two_float_layers_of_one_operator_have_their_own_names() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.one, self.two = nn.LayerNorm(8), nn.LayerNorm(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.two(self.b(self.one(self.a(x)))))
+
+    program = quantize_model(Twice().eval(), Data(torch.randn(16, 8)), PTQ(observer="minmax"))
+    with pytest.raises(UnsupportedError, match=r"^layers one \(.*layer_norm\), two \(.*layer_norm\) stay in float"):
+        prepare(program, "portable")
 
 
 def test_16_bit_activations_are_refused() -> None:

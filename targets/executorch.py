@@ -28,6 +28,7 @@ from edgekit.artifact import Artifact, Mismatch, TapFile, TensorSpec
 from edgekit.errors import FormatError, InputError, ParityError, UnsupportedError, missing_extra
 from edgekit.files import write_whole
 from edgekit.frozen import FrozenProgram
+from edgekit.targets import preflight
 from edgekit.targets.executorch_rules import ATEN_RULES, portable_style, xnnpack_style
 from edgekit.targets.pte_compare import compare, coverage, float_constants, io_quantization
 from edgekit.targets.pte_file import PteFile, read_pte
@@ -77,7 +78,7 @@ def lower(program: FrozenProgram, path: Path, options: Options | None = None) ->
     """
     _require()
     options = options or Options()
-    _check_layers(program)
+    preflight.check_program(program, "executorch")
     write_whole(path, _convert(program, options))
     file = read_pte(path)
     placement = place(file, program)
@@ -174,18 +175,6 @@ def tap_file(path: Path, program: FrozenProgram) -> TapFile:
 def _require() -> None:
     if available() is not None:
         raise missing_extra("executorch", EXTRA)
-
-
-def _check_layers(program: FrozenProgram) -> None:
-    """Refuse what XNNPACK and the portable kernels have no integers for, before any conversion."""
-    for layer in program.layers:
-        bits = max(int(layer.args.get(k, 8)) for k in ("bits", "out_bits"))
-        if bits > 8:
-            source = program.sources.get(layer.name)
-            raise UnsupportedError(
-                f"layer {layer.name}{f' ({source})' if source else ''}: {bits}-bit activations cannot be lowered to ExecuTorch; "
-                "use activations: int8, or another target"
-            )
 
 
 def _convert(program: FrozenProgram, options: Options) -> bytes:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,7 +81,8 @@ def check_program(program: FrozenProgram, target: str) -> None:
         return
     problems = [p for layer in program.layers for p in _layer(layer, target, program.sources.get(layer.name, ""))]
     problems += _edges(program) if target == "onnx" else []
-    problems += check_model(program.exported, target)
+    # a frozen graph has no stack traces, so that its bytes do not depend on where the model lay
+    problems += [replace(p, source=p.source or program.sources.get(p.layer, "")) for p in check_model(program.exported, target)]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UnsupportedError(f"target {target}, {problems[0]}{more}")

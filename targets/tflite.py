@@ -30,9 +30,10 @@ from edgekit.artifact import Artifact, Mismatch, TapFile
 from edgekit.errors import FormatError, InputError, ParityError, UnsupportedError, missing_extra
 from edgekit.files import write_whole
 from edgekit.frozen import FrozenProgram, Layer
+from edgekit.targets import preflight
 from edgekit.targets import tflite_facts as facts
 from edgekit.targets.tflite_convert import convert, quiet
-from edgekit.targets.tflite_file import Tensor, TfliteFile, parse, read, serialize
+from edgekit.targets.tflite_file import AGAIN, Tensor, TfliteFile, parse, read, serialize
 from edgekit.targets.tflite_finish import finish
 from edgekit.targets.tflite_wide import is_wide, twin, widen
 
@@ -82,6 +83,7 @@ def lower(program: FrozenProgram, path: Path, options: Options | None = None) ->
     """
     options = options or Options()
     _refuse(program)
+    preflight.check_program(program, "tflite")
     wide = is_wide(program)
     made = twin(program) if wide else program
     content = convert(made, options.channel_last)
@@ -153,7 +155,7 @@ def _damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (IndexError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise FormatError(f"{Path(path).name} is damaged or was made from another program; lower the program again") from error
+        raise FormatError(f"{Path(path).name} is damaged or was made from another program; {AGAIN}") from error
 
 
 def _artifact(path: Path, file: TfliteFile, program: FrozenProgram) -> Artifact:

@@ -17,11 +17,18 @@ from numpy.typing import NDArray
 
 from edgekit.errors import FormatError, InputError, missing_extra
 
-__all__ = ["Op", "Tensor", "TfliteFile", "enum_names", "pack", "parse", "read", "schema", "serialize", "unpack"]
+__all__ = ["AGAIN", "Op", "Tensor", "TfliteFile", "enum_names", "pack", "parse", "read", "schema", "serialize", "unpack"]
 
 _NUMPY = {"INT8": np.int8, "INT16": np.int16, "INT32": np.int32, "INT64": np.int64, "FLOAT32": np.float32, "UINT8": np.uint8,
           "BOOL": np.bool_, "FLOAT16": np.float16, "FLOAT64": np.float64}  # fmt: skip
 _PACKED = {"INT4": 4, "INT2": 2}
+
+AGAIN = "make it again with `edgekit export RUN --target tflite`"
+"""What to do about a file that cannot be used."""
+
+
+class _Unfit(ValueError):
+    """A file that can be read and does not fit together; the message says where."""
 
 
 @cache
@@ -160,7 +167,7 @@ def parse(content: bytes, where: str) -> TfliteFile:
     """Parse a file's bytes and check that every index in it points to something; FormatError names ``where``."""
     generated = schema()
     if content[4:8] != b"TFL3":
-        raise FormatError(f"{where} is not a .tflite file (no TFL3 mark); lower the program again")
+        raise FormatError(f"{where} is not a .tflite file (no TFL3 mark); {AGAIN}")
     try:
         model = generated.ModelT.InitFromObj(generated.Model.GetRootAs(content, 0))
         graph = model.subgraphs[0]
@@ -169,7 +176,9 @@ def parse(content: bytes, where: str) -> TfliteFile:
         file = TfliteFile(model, tensors, ops, tuple(map(int, graph.inputs)), tuple(map(int, graph.outputs)), len(content))
         _check(file)
     except Exception as error:  # the generated reader raises anything on damaged bytes
-        raise FormatError(f"{where} is damaged ({str(error) or type(error).__name__}); lower the program again") from error
+        # the reader's own failures speak of buffers and offsets; only what _check found says something to a user
+        found = f" ({error})" if isinstance(error, _Unfit) else ""
+        raise FormatError(f"{where} is damaged{found}; {AGAIN}") from error
     return file
 
 
@@ -180,7 +189,7 @@ def _tensor(model: Any, index: int, tensor: Any) -> Tensor:
         scales, zeros = quantization.scale, quantization.zeroPoint
     buffer = model.buffers[tensor.buffer]
     if buffer.offset:
-        raise ValueError("its constants lie outside the flatbuffer, which this reader does not take")
+        raise _Unfit("its constants lie outside the flatbuffer, which this reader does not take")
     data = buffer.data
     shape = tuple(int(d) for d in tensor.shape) if tensor.shape is not None else ()
     return Tensor(
@@ -206,20 +215,20 @@ def _check(file: TfliteFile) -> None:
     count = len(file.tensors)
     used = [i for op in file.ops for i in (*op.inputs, *op.outputs)] + [*file.inputs, *file.outputs]
     if any(not -1 <= i < count for i in used):
-        raise ValueError("an operator names a tensor that does not exist")
+        raise _Unfit("an operator names a tensor that does not exist")
     if not file.outputs or any(not op.outputs or not op.inputs for op in file.ops):
-        raise ValueError("it or one of its operators has no input or output")
+        raise _Unfit("it or one of its operators has no input or output")
     if any(not 0 <= entry.buffer < len(file.model.buffers) for entry in file.model.metadata or []):
-        raise ValueError("its metadata names a buffer that does not exist")
+        raise _Unfit("its metadata names a buffer that does not exist")
     for t in file.tensors:
         if any(d < 0 for d in t.shape):
-            raise ValueError(f"tensor {t.name} has a negative dimension")
+            raise _Unfit(f"tensor {t.name} has a negative dimension")
         if len(t.scales) != len(t.zero_points) and len(t.zero_points):
-            raise ValueError(f"tensor {t.name} has {len(t.scales)} scales and {len(t.zero_points)} zero points")
+            raise _Unfit(f"tensor {t.name} has {len(t.scales)} scales and {len(t.zero_points)} zero points")
         if t.data is not None and (t.dtype in _PACKED or t.dtype in _NUMPY):
             bits = _PACKED.get(t.dtype) or 8 * np.dtype(_NUMPY[t.dtype]).itemsize
             if len(t.data) != -(-int(np.prod(t.shape)) * bits // 8):
-                raise ValueError(f"tensor {t.name} has {len(t.data)} bytes for shape {t.shape} of {t.dtype}")
+                raise _Unfit(f"tensor {t.name} has {len(t.data)} bytes for shape {t.shape} of {t.dtype}")
 
 
 def serialize(model: Any) -> bytes:

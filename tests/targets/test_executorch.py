@@ -286,7 +286,7 @@ def test_sixteen_bit_activations_are_refused_by_name(tmp_path: Path) -> None:
             return self.exit(self.entry(x))
 
     frozen = freeze_module(Net(), (torch.zeros(1, 4),), sources={"entry": "model.py:7"})
-    with pytest.raises(UnsupportedError, match=r"layer entry \(model.py:7\): 16-bit activations"):
+    with pytest.raises(UnsupportedError, match=r"layer entry \(model.py:7\): its activations have 16 bits"):
         executorch.lower(frozen, tmp_path / "model.pte")
     assert not (tmp_path / "model.pte").exists()
 

@@ -14,8 +14,12 @@ from nets import residual_net
 from torch import Tensor, nn
 
 from edgekit.compress.explain import explain_export_error
+from edgekit.compress.ptq import PTQ
+from edgekit.compress.ptq.quantize import quantize_model
+from edgekit.data import Data
 from edgekit.errors import UnsupportedError
 from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module
+from edgekit.targets import get
 from edgekit.targets.accepted import ACCEPTED
 from edgekit.targets.onnx_rules import RULES
 from edgekit.targets.preflight import Problem, check_model, check_program
@@ -305,3 +309,25 @@ def test_an_operator_that_one_target_takes(target: str, taken: bool) -> None:
     problems = check_model(export(Sort()), target)
     assert not problems if taken else "lower to onnx, or replace it" in problems[0].remedy
     assert ACCEPTED["sort"] == ("onnx",)
+
+
+class Bessel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.special.bessel_j0(self.first(x)))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_lowering_says_what_the_check_says(target: str, tmp_path: Path) -> None:
+    frozen = quantize_model(Bessel().eval(), Data(torch.randn(16, 4)), PTQ(observer="minmax"))
+    with pytest.raises(UnsupportedError) as checked:
+        check_program(frozen, target)
+    with pytest.raises(
+        UnsupportedError, match=r"layer special_bessel_j0 \(test_preflight\.py:\d+\): operator special_"
+    ) as lowered:
+        get(target).lower(frozen, tmp_path / "model")
+    assert str(lowered.value) == str(checked.value)
+    assert list(tmp_path.iterdir()) == []

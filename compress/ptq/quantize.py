@@ -69,13 +69,15 @@ def quantize(
 
 
 def check_patterns(graph: Graph, settings: Quantization) -> None:
-    """Raise InputError for a pattern of ``scopes`` or ``skip`` that fits no layer."""
-    names = sorted(set(graph.names.values()))
-    for key, patterns in (("scopes", tuple(settings.scopes)), ("skip", settings.skip)):
+    """Raise InputError for a pattern of ``scopes`` that fits no layer with weights, or one of ``skip`` that fits no layer."""
+    every = sorted(set(graph.names.values()))
+    weighted = sorted({unit.name for unit in find_units(graph)[0] if unit.weight is not None})
+    for key, patterns, names in (("scopes", tuple(settings.scopes), weighted), ("skip", settings.skip, every)):
         for pattern in patterns:
             if not any(re.fullmatch(pattern, name) for name in names):
-                close = difflib.get_close_matches(pattern, names, 3, 0.3) or names[:5]
-                raise InputError(f"{key}: {pattern!r} fits no layer of the model; layers are called {', '.join(close)}, ...")
+                what = "layer with weights" if key == "scopes" else "layer of the model"
+                close = difflib.get_close_matches(pattern, names, 3, 0.3) or (weighted or every)[:5]
+                raise InputError(f"{key}: {pattern!r} fits no {what}; layers are called {', '.join(close)}, ...")
 
 
 def _improve(graph: Graph, plan: Plan, settings: PTQ, stream: Batches, progress: Progress | None, folder: Path | None) -> Plan:

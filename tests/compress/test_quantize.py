@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -182,8 +183,17 @@ def test_units_say_why_a_layer_stays_float() -> None:
 def test_patterns_that_fit_no_layer_are_refused() -> None:
     model, x = build(Modules)
     for settings in ({"scopes": {r"features\.60": "int4"}}, {"skip": ("heads.3",)}):
-        with pytest.raises(InputError, match=r"fits no layer of the model; layers are called .*(features\.6|head\.3)"):
+        with pytest.raises(InputError, match=r"fits no layer .*; layers are called .*(features\.6|head\.3)"):
             quantize_model(model, Data(x), PTQ(**settings))
+
+
+def test_a_scope_that_fits_only_layers_without_weights_is_refused() -> None:
+    model = nn.Sequential(OrderedDict(fc=nn.Linear(8, 8), sigmoid=nn.Sigmoid(), head=nn.Linear(8, 4))).eval()
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match=r"^scopes: 'sigmoid' fits no layer with weights; layers are called fc, head, \.\.\.$"):
+        quantize_model(model, Data(x), PTQ(scopes={"sigmoid": "int4"}))
+    program = quantize_model(model, Data(x), PTQ(scopes={"sigmoid|fc": "int4"}, keep_first_last_8bit=False))
+    assert [layer.weight_bits for layer in program.layers if layer.weight_bits] == [4, 8]
 
 
 def test_a_mean_over_time_is_integer_and_a_1d_layer_keeps_its_relu() -> None:

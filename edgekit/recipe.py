@@ -240,7 +240,9 @@ def dump(recipe: Recipe, folder: Path) -> str:
 
 def _blocks(value: Any, seed: Any, reader: Reader) -> tuple[Block, ...]:
     items = [value] if isinstance(value, str | dict) else value
-    if not isinstance(items, list) or not items:
+    if items == []:
+        reader.fail(("compress",), f"the list is empty; expected blocks ({', '.join(SETTINGS)}) or names ({', '.join(NAMED)})")
+    if not isinstance(items, list):
         reader.fail(("compress",), f"found {shown(value)}; expected a list of blocks ({', '.join(SETTINGS)}) or names")
     blocks = []
     for i, item in enumerate(items):

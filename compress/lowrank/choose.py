@@ -68,7 +68,11 @@ class Candidate:
 
 
 def spend(
-    candidates: Sequence[Candidate], cost: Callable[[Option], float], budget: float, what: str
+    candidates: Sequence[Candidate],
+    cost: Callable[[Option], float],
+    budget: float,
+    what: str,
+    reachable: Callable[[float], str] = "{:,.0f} for these layers".format,
 ) -> Mapping[str, Option | None]:
     """Layer name to its option, None where it stays dense, so that the costs' sum is at most ``budget``.
 
@@ -76,6 +80,7 @@ def spend(
         cost: of an option, in the budget's unit.
         budget: for these layers together, in the same unit.
         what: the setting, for the error.
+        reachable: the setting that these layers' least cost makes, for the error.
 
     Raises:
         InputError: even the smallest options cost more.
@@ -83,9 +88,7 @@ def spend(
     tables = [_table(c, cost) for c in candidates]
     least = sum(min(price for price, _, _ in t) for t in tables)
     if least > budget:
-        raise InputError(
-            f"lowrank: {what} cannot be reached: the layers cost {least:,.0f} at their smallest, {budget:,.0f} is left"
-        )
+        raise InputError(f"lowrank: {what} cannot be reached; the least reachable is {reachable(least)}")
     low, high = 0.0, 1e-30
     while sum(_pick(t, high)[0] for t in tables) > budget:
         low, high = high, high * 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 from torch import Tensor
 
@@ -156,8 +157,20 @@ def _by_budget(
                 weights |= _stand_in(_split(by_name[name], moments, settings, option.rank), option)
         return _harm(wanted, model.outputs(weights))
 
+    def reachable(least: float) -> str:
+        """A setting that this least cost keeps to: rounded up, not to the nearest."""
+        if rank.kind == "size":
+            return f"size:{ceil(fixed + least)}B"
+        return f"{rank.kind}:{ceil((fixed + least) / total * 1000) / 1000:g}"
+
     trials = [
-        spend([replace(c, sensitivity=c.sensitivity**power) for c in candidates], _COSTS[rank.kind], budget, str(settings.rank))
+        spend(
+            [replace(c, sensitivity=c.sensitivity**power) for c in candidates],
+            _COSTS[rank.kind],
+            budget,
+            str(settings.rank),
+            reachable,
+        )
         for power in _POWERS
     ]
     return min(trials, key=damage)

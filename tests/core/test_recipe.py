@@ -72,7 +72,7 @@ FAULTS = {
     "name: x\ncompress:\n  - ptq:\n      scopes: {'(': int8}": (4, "'(' is not a regular expression"),
     "name: x\ncompress:\n  - pqt: {}": (3, "found 'pqt'; did you mean"),
     "compress: static_wi8": (1, "found 'static_wi8'; did you mean 'static_wi8_ai8'?"),
-    "compress: []": (1, "expected a list of blocks"),
+    "compress: []": (1, "the list is empty"),
     "compress:\n  - ptq: 3": (2, "found 3; expected a mapping"),
     "compress:\n  - {ptq: {}, qat: {}}": (2, "expected one key of: rewrite, "),
     "targets: [tflit]": (1, "found 'tflit'; did you mean 'tflite'?"),

@@ -62,9 +62,14 @@ def to_bytes(program: FrozenProgram) -> bytes:
 def load(path: Path) -> FrozenProgram:
     """Read a frozen program.
 
+    Args:
+        path: a ``.pt2`` file, or a run folder that holds ``frozen.pt2``.
+
     Raises:
         FormatError: the file is missing, truncated, altered, not from edgekit, from a newer edgekit, or carries pickled objects.
     """
+    path = Path(path)
+    path = path / "frozen.pt2" if path.is_dir() else path
     members = _read(path)
     if _FACTS not in members:
         raise FormatError(f"{path}: not a frozen program of edgekit (no {_FACTS}); make one with `edgekit compress`")

@@ -6,6 +6,7 @@ integers and none recomputes a scale. What is not quantized stays plain ATen and
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -187,11 +188,17 @@ class FrozenProgram:
         return sum(x.weight_bytes for x in self.counted)
 
     def layer(self, name: str) -> Layer:
-        """The layer of that name; KeyError if there is none."""
+        """The layer of that name.
+
+        Raises:
+            ModelError: there is none; the message has the names nearest to it.
+        """
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise KeyError(name)
+        names = [layer.name for layer in self.layers]
+        close = difflib.get_close_matches(name, names, 3, 0.3) or names[:5]
+        raise ModelError(f"program {self.name} has no integer layer {name!r}; layers are called {', '.join(close)}, ...")
 
     @cached_property
     def input_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -214,7 +221,7 @@ class FrozenProgram:
             One tensor for each output, shape (N, ...).
 
         Raises:
-            ModelError: an input's shape does not fit the program.
+            ModelError: an input is no tensor, or its shape does not fit the program.
         """
         self.check_inputs(inputs)
         outputs: list[tuple[Tensor, ...]] = []
@@ -237,6 +244,10 @@ class FrozenProgram:
         if len(inputs) != len(self.input_shapes):
             raise ModelError(f"program {self.name}: {len(inputs)} inputs given, it takes {len(self.input_shapes)}")
         for i, (x, shape) in enumerate(zip(inputs, self.input_shapes, strict=True)):
+            if not isinstance(x, Tensor):
+                kind = f"{type(x).__module__}.{type(x).__name__}".removeprefix("builtins.")
+                remedy = "; convert it with torch.from_numpy" if kind == "numpy.ndarray" else ""
+                raise ModelError(f"program {self.name}, input {i}: {kind} given, a torch.Tensor expected{remedy}")
             if tuple(x.shape[1:]) != shape[1:] or len(x) == 0:
                 wanted = ", ".join(map(str, ("N >= 1", *shape[1:])))
                 raise ModelError(f"program {self.name}, input {i}: shape {tuple(x.shape)} given, ({wanted}) expected")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from nets import ResidualNet, images, linear, residual_net
@@ -36,8 +37,15 @@ def altered(layer: str, field: str = "weight", delta: int = 50) -> FrozenProgram
 def test_layers_have_the_modules_names_in_order(program: FrozenProgram) -> None:
     assert [layer.name for layer in program.layers] == NAMES
     assert program.layer("block.dw").op == "qconv2d"
-    with pytest.raises(KeyError):
-        program.layer("nothing")
+    with pytest.raises(ModelError, match=r"no integer layer 'block\.dv'; layers are called block\.dw, "):
+        program.layer("block.dv")
+
+
+def test_an_array_is_refused_with_the_way_to_convert_it(program: FrozenProgram) -> None:
+    with pytest.raises(
+        ModelError, match=r"input 0: numpy\.ndarray given, a torch\.Tensor expected; convert it with torch\.from_numpy"
+    ):
+        program.run(np.zeros((1, 3, 16, 16), np.float32))  # type: ignore[arg-type]
 
 
 def test_layers_know_their_producers(program: FrozenProgram) -> None:

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ __all__ = [
     "print_profile",
     "print_table",
     "progress_bars",
-    "shortfalls",
     "size",
     "warning",
 ]
@@ -55,15 +53,15 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
 
     from edgekit.profile_table import text
 
-    table = Table(
-        title=title or None, title_justify="left", title_style="bold", show_footer=total is not None, header_style="bold"
-    )
+    if title:  # not the table's own, which folds at the table's width
+        _print(sys.stdout, "[bold]", title)
+    table = Table(show_footer=total is not None, header_style="bold")
     for i, column in enumerate(columns):
         numeric = any(isinstance(row[i], int | float) for row in rows)
         footer = "" if total is None else text(total[i])
         table.add_column(column, justify="right" if numeric else "left", overflow="fold", footer=footer)
     for row in rows:
-        table.add_row(*(Text(text(value)) for value in row))
+        table.add_row(*(Text(text(v, c)) for v, c in zip(row, columns, strict=True)))
     wide = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
     wide.print(table)
 
@@ -103,8 +101,6 @@ def print_outcome(outcome: Outcome) -> None:
             error(breach)
     for i, found in enumerate(outcome.profiles):
         print_profile(found, again=any(found.fits == earlier.fits for earlier in outcome.profiles[:i]))
-    for message in shortfalls(outcome.folder):
-        warning(message)
     files = sorted(p for p in outcome.folder.iterdir() if p.name.startswith(("model.", "frozen.", "report.")))
     for path in files:
         parts = path.rglob("*") if path.is_dir() else [path]
@@ -151,34 +147,6 @@ def print_deployment(made: Deployment) -> None:
         _print(sys.stdout, "", f"  {step}")
 
 
-def shortfalls(folder: Path) -> list[str]:
-    """Sentences on what of a run is less than was asked for: operators in float, weights stored wider."""
-    from edgekit.frozen import load
-
-    frozen = folder / "frozen.pt2"
-    if not frozen.is_file():
-        return []
-    program = load(frozen)
-    bits = {layer.name: layer.weight_bits for layer in program.layers}
-    found: list[str] = []
-    if program.unquantized:
-        shown = ", ".join(f"{u.layer} ({u.op})" for u in program.unquantized[:4]) + (
-            ", ..." if len(program.unquantized) > 4 else ""
-        )
-        count = len(program.unquantized)
-        found.append(f"{count} operators stay in float: {shown}; `edgekit describe {frozen}` gives the reasons")
-    for path in sorted(folder.glob("export_*.json")):
-        facts = json.loads(path.read_text())
-        rows, target = facts["coverage"], facts["target"]
-        wider = [r for r in rows if r["storage"].startswith("int") and int(r["storage"][3:]) > (bits.get(r["layer"]) or 8)]
-        if wider:
-            found.append(f"{target}: {len(wider)} layers with weights below 8 bits are stored as {wider[0]['storage']}")
-        total, real = sum(r["macs"] for r in rows), sum(r["macs"] for r in rows if r["runs"] == "float")
-        if real:
-            found.append(f"{target}: {100 * real / total:.3g} % of the multiply-accumulates run in float")
-    return found
-
-
 def size(count: int) -> str:
     """``size(98345) == "98.3 kB"`` (1 kB is 1000 bytes)."""
     return f"{count} B" if count < 1000 else f"{count / 1000:.1f} kB" if count < 1_000_000 else f"{count / 1e6:.2f} MB"
@@ -217,8 +185,8 @@ def progress_bars(quiet: bool) -> Iterator[Progress | None]:
 
 
 def _shape(shape: Sequence[int]) -> str:
-    """Without the batch: "16x8x8"."""
-    return "x".join(map(str, shape[1:]))
+    """Whole, as in the report: dimension 0 is not the batch in every layer."""
+    return "×".join(map(str, shape))
 
 
 def _print(file: Any, style: str, message: str) -> None:

@@ -62,7 +62,9 @@ def show(found: dict[str, Any]) -> None:
     about = found["environment"]
     rows = [[name, version or "not installed"] for name, version in about["packages"].items()]
     rows = [["edgekit", about["edgekit"]], ["python", about["python"]], *rows]
-    console.print_table(f"{about['system']} {about['machine']}, {about['processor']}, {about['cores']} cores", ["", ""], rows)
+    console.print_table(
+        f"{about['system']} {about['machine']}, {about['processor']}, {about['cores']} cores", ["package", "version"], rows
+    )
     console.print_table(
         "targets",
         ["target", "installed"],
@@ -78,9 +80,9 @@ def show(found: dict[str, Any]) -> None:
         about = found["model"]
         share = 100 * about["float_macs"] / (about["macs"] or 1)
         title = (
-            f"model: {about['parameters']:,} parameters, {about['macs']:,} multiply-accumulates, {share:.3g} % of them in float"
+            f"model: {about['parameters']:,} parameters, {about['macs']:,} multiply-accumulates, {share:.1f} % of them in float"
         )
-        console.print_table(title, ["target", "", "why"], rows)
+        console.print_table(title, ["target", "model", "why"], rows)
         if found["model"]["float"]:
             console.print_table("would stay in float", ["layer", "operator", "reason"], found["model"]["float"])
 
@@ -130,8 +132,12 @@ def _sample(model: Any, data: str | None, shape: str | None) -> tuple[Any, ...]:
 
     if data is not None:
         return sample_inputs(model, source.load_data(data))
-    if shape is None or not re.fullmatch(r"\d+(,\d+)*(;\d+(,\d+)*)*", shape):
+    if shape is None:
         raise InputError("doctor --model needs --data file.py:factory or --shape such as 1,3,32,32 (several inputs: a;b)")
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*(;[1-9]\d*(,[1-9]\d*)*)*", shape):
+        raise InputError(
+            f"--shape is {shape!r}; expected whole numbers from 1, batch first, such as 1,3,32,32 (several inputs: a;b)"
+        )
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(*map(int, one.split(",")), generator=generator) for one in shape.split(";"))
 

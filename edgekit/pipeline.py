@@ -29,6 +29,7 @@ from edgekit.errors import FormatError, InputError, MissingTool
 from edgekit.files import sha256, write_json, write_whole
 from edgekit.intake import check_device, check_sample, range_warnings
 from edgekit.recipe import Recipe, Target
+from edgekit.shortfalls import shortfalls
 from edgekit.stage_runner import Progress, StageNote, Stages
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a verb made: the run folder, its stages in order, the parity if it was verified, what was measured, and warnings."""
+    """What a verb made: the run folder, its stages in order, the parity if it was verified, what was measured, and
+    warnings: what is less than was asked for (:mod:`edgekit.shortfalls`) among them."""
 
     folder: Path
     stages: tuple[StageNote, ...]
@@ -161,7 +163,8 @@ def verify(
                 parity = _verify(stages, settings, data, targets if devices is None else (), on)
             if (work / "report.html").exists():
                 _report(stages)
-    return replace(_outcome(stages, folder), parity=parity, warnings=(*warnings, *stages.warnings))
+    made = _outcome(stages, folder)
+    return replace(made, parity=parity, warnings=(*warnings, *made.warnings))
 
 
 def profile(
@@ -368,7 +371,8 @@ def _profiled(stages: Stages, chosen: Sequence[tuple[Any, str]], settings: Setti
 
 
 def _outcome(stages: Stages, folder: Path) -> Outcome:
-    return Outcome(Path(folder), tuple(stages.notes), warnings=tuple(dict.fromkeys(stages.warnings)))
+    warnings = (*stages.warnings, *shortfalls(Path(folder)))
+    return Outcome(Path(folder), tuple(stages.notes), warnings=tuple(dict.fromkeys(warnings)))
 
 
 def _seed(seed: int) -> None:

@@ -76,13 +76,15 @@ def figure(name: str, value: float) -> tuple[str, str]:
     return _NAMES.get("_".join(words), " ".join(words)), text(int(value) if float(value).is_integer() else float(value)) + unit
 
 
-def text(value: Any) -> str:
-    """A value of a table in words: ``text(8664) == "8,664"``."""
+def text(value: Any, column: str = "") -> str:
+    """A value of a table in words: ``text(8664) == "8,664"``; a share has one decimal, so that a column of them lines up."""
     if value is None:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
+        if column.startswith("share"):
+            return f"{value:.1f}"
         return f"{value:.4g}" if abs(value) < 100 else f"{value:,.1f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 

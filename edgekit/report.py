@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from edgekit.metrics import HUGE
 from edgekit.parity import ArtifactParity, Parity, Stage
 from edgekit.profile import Profile
 from edgekit.profile import load as load_profiles
+from edgekit.recipe import SETTINGS
+from edgekit.shortfalls import in_float, integer_layers_in_float, remedy
 from edgekit.targets import TARGETS, digest, get
 
 __all__ = ["render", "write_report"]
@@ -67,7 +70,7 @@ def render(folder: Path) -> str:
         columns=_columns(parity),
         stages=[_stage(s, parity) for s in parity.stages],
         charts=_charts(parity),
-        coverage=[_coverage(a) for a in parity.artifacts],
+        coverage=[_coverage(a) | _islands(a, program) for a in parity.artifacts],
         runs=_RUNS,
         artifacts=parity.artifacts,
         layers=_layers(program, parity),
@@ -96,7 +99,8 @@ def _tiles(parity: Parity, program: FrozenProgram) -> list[dict[str, str]]:
         tiles.append({"label": f"{parity.metric} of the files", "value": shown, "note": note, "how": "measured"})
     sizes = [s.bytes for s in files_ if s.bytes is not None]
     if sizes:
-        ratio = _times_smaller(source.bytes, min(sizes)) if source and source.bytes else ""
+        smallest = min((a for a in parity.artifacts if a.stage.bytes is not None), key=lambda a: a.stage.bytes or 0)
+        ratio = _ratio(smallest, source.bytes) if source and source.bytes else ""
         tiles.append({"label": "smallest file", "value": _size(min(sizes)), "note": ratio, "how": "measured"})
     checked = [layer for a in parity.artifacts for layer in a.layers]
     within = sum(layer.within for layer in checked)
@@ -185,9 +189,19 @@ def _charts(parity: Parity) -> list[dict[str, Any]]:
     return charts
 
 
+def _rows_of(artifact: ArtifactParity) -> list[Mapping[str, Any]]:
+    return list(artifact.artifact.get("coverage", []))
+
+
+def _islands(artifact: ArtifactParity, program: FrozenProgram) -> dict[str, Any]:
+    """Integer layers that the file computes in float, and what to do about it."""
+    layers = integer_layers_in_float(_rows_of(artifact), program)
+    return {"islands": layers, "remedy": remedy(artifact.name, layers, program)}
+
+
 def _coverage(artifact: ArtifactParity) -> dict[str, Any]:
     """Shares of the MACs by how they run, and the file's operators."""
-    rows: list[Mapping[str, Any]] = list(artifact.artifact.get("coverage", []))
+    rows = [{**r, "runs": "float" if in_float(r) else r["runs"]} for r in _rows_of(artifact)]
     total = sum(r["macs"] for r in rows)
     shares = {run: sum(r["macs"] for r in rows if r["runs"] == run) / total if total else 0.0 for run in _RUNS}
     counts = {run: sum(r["runs"] == run for r in rows) for run in _RUNS}
@@ -195,13 +209,13 @@ def _coverage(artifact: ArtifactParity) -> dict[str, Any]:
 
 
 def _layers(program: FrozenProgram, parity: Parity) -> list[dict[str, Any]]:
-    """One row a layer, float ones with weights or products included: what it is, and what became of it in each file."""
+    """One row a layer, float ones included: what it is, and what became of it in each file."""
     parities = [{x.layer: x for x in a.layers} for a in parity.artifacts]
     stored = [{r["layer"]: r for r in a.artifact.get("coverage", [])} for a in parity.artifacts]
     broken = [{m.split(":", 1)[0].removeprefix("layer ") for m in a.mismatches} for a in parity.artifacts]
     largest = max((x.share for p in parities for x in p.values()), default=0.0) or 1.0
     rows = []
-    for layer in program.counted:
+    for layer in program.listed:
         in_float = isinstance(layer, FloatLayer)
         cells = []
         for a, checked, files_, wrong in zip(parity.artifacts, parities, stored, broken, strict=True):
@@ -278,7 +292,7 @@ def _profile(found: Profile, folder: Path) -> dict[str, Any]:
     return {
         "title": profile_table.title(found),
         "columns": table.columns,
-        "rows": [[profile_table.text(v) for v in row] for row in table.rows],
+        "rows": [[profile_table.text(v, c) for v, c in zip(row, table.columns, strict=True)] for row in table.rows],
         "shares": [100 * layer.share for layer in found.layers],
         "figures": profile_table.figures(found),
         "machine": _flat(dict(found.fingerprint)),
@@ -304,9 +318,22 @@ def _passes(record: Any) -> list[dict[str, Any]]:
                 heads = list(dict.fromkeys(k for row in rows for k in row))
                 tables.append({"title": key, "heads": heads, "rows": [[_plain(row.get(h, "")) for h in heads] for row in rows]})
             else:
-                facts += _flat(value if key == "settings" else {key: value})
+                facts += _changed(title, value) if key == "settings" else _flat({key: value})
         passes.append({"title": title, "facts": facts, "tables": tables, "notes": notes})
     return passes
+
+
+_ALWAYS = ("weights", "activations", "method")
+
+
+def _changed(kind: str, settings: Any) -> list[tuple[str, str]]:
+    """Settings that are not the defaults of their class, and those that everybody asks for."""
+    found = _flat(settings)
+    if kind not in SETTINGS:
+        return found
+    usual = dict(_flat(asdict(SETTINGS[kind]())))
+    shown = [(k, v) for k, v in found if k in _ALWAYS or usual.get(k) != v]
+    return [*shown, ("other settings" if shown else "settings", "the defaults")] if len(shown) < len(found) else shown
 
 
 def _rows(key: str, value: Any) -> list[Mapping[str, Any]]:
@@ -360,6 +387,14 @@ def _fixed(value: float | None, digits: int = 2) -> str:
 
 def _lsb(value: float) -> str:
     return "not a number" if value >= HUGE else f"{value:,.0f}" if value == round(value) or value >= 1000 else f"{value:.3g}"
+
+
+def _ratio(artifact: ArtifactParity, before: int) -> str:
+    """A file, or the weights alone of a firmware, which has its code with them, against the float weights."""
+    weights = artifact.artifact.get("memory", {}).get("flash_weights")
+    if weights is None:
+        return _times_smaller(before, artifact.stage.bytes or 0)
+    return f"its weights {_times_smaller(before, weights)}" if weights else "no weights of its own"
 
 
 def _times_smaller(before: int, after: int) -> str:

@@ -20,7 +20,7 @@ class Row:
     Attributes:
         layer: dotted name.
         op: operator, such as "qconv2d".
-        kind: "depthwise", "grouped", "float" for an operator that stays in float and has weights or products, or "".
+        kind: "depthwise", "grouped", "float" for an operator that stays in float, or "".
         shape: output shape, batch of one first.
         weight_bits, activation_bits: None where there is none.
         parameters: number of weights and biases.
@@ -66,7 +66,7 @@ def describe(program: FrozenProgram) -> Description:
     """Layers of a program with shapes, bits, parameters, multiply-accumulates, bytes, and the totals."""
     rows = tuple(
         _float_row(x, program.sources.get(x.name, "")) if isinstance(x, FloatLayer) else _row(x, program.sources.get(x.name, ""))
-        for x in program.counted
+        for x in program.listed
     )
     by_bits: dict[str, int] = {}
     for row in rows:

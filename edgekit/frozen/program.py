@@ -168,8 +168,17 @@ class FrozenProgram:
     @cached_property
     def counted(self) -> tuple[Layer | FloatLayer, ...]:
         """All integer layers, and the float operators that have products or store numbers, in execution order."""
+        return self._in_order([x for x in self.float_layers if x.macs or x.parameters])
+
+    @cached_property
+    def listed(self) -> tuple[Layer | FloatLayer, ...]:
+        """:attr:`counted` and every operator of :attr:`unquantized`, in execution order: the rows of a table of layers."""
+        left = {u.layer for u in self.unquantized}
+        return self._in_order([x for x in self.float_layers if x.macs or x.parameters or x.name in left])
+
+    def _in_order(self, floats: Sequence[FloatLayer]) -> tuple[Layer | FloatLayer, ...]:
         order = {node.name: i for i, node in enumerate(self.module.graph.nodes)}
-        found: list[Layer | FloatLayer] = [*self.layers, *(x for x in self.float_layers if x.macs or x.parameters)]
+        found: list[Layer | FloatLayer] = [*self.layers, *floats]
         return tuple(sorted(found, key=lambda x: order[x.node]))
 
     @property

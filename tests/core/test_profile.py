@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgekit import devices
+from edgekit import devices, profile_table
 from edgekit.errors import FormatError, InputError
 from edgekit.profile import LayerCost, Profile, load, save
 
@@ -36,3 +36,8 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
 def test_an_unknown_device_is_refused() -> None:
     with pytest.raises(InputError, match="'abacus' is unknown"):
         devices.connect("abacus")
+
+
+def test_shares_line_up() -> None:
+    shown = [profile_table.text(v, "share %") for v in (22.42, 2.143, 0.03573, 0.0, None)]
+    assert shown == ["22.4", "2.1", "0.0", "0.0", "-"] and profile_table.text(0.03573, "a MAC") == "0.03573"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from nets import images, residual_net
 from torch import nn
 
 from edgekit import environment, verify
+from edgekit.compress.ptq.settings import PTQ, Reconstruct
+from edgekit.compress.rewrite.settings import Rewrite
 from edgekit.data import Data
 from edgekit.errors import FormatError
 from edgekit.frozen import FrozenProgram, Unquantized, save
@@ -205,3 +208,27 @@ def test_a_bare_folder_says_what_is_missing(run: Path, tmp_path: Path) -> None:
     (tmp_path / "parity.json").unlink()
     with pytest.raises(FormatError, match="edgekit verify"):
         write_report(tmp_path)
+
+
+def test_only_settings_that_were_changed_are_listed(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    changed = asdict(PTQ(weights="int4", method="adaround", reconstruct=Reconstruct(steps=7)))
+    passes = [{"kind": "ptq", "settings": changed}, {"kind": "rewrite", "settings": asdict(Rewrite())}]
+    (folder / "compress.json").write_text(json.dumps({"passes": passes, "warnings": []}))
+    done = render(folder).partition("What was done")[2].partition("Recipe")[0]
+    assert re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", done) == [
+        ("weights", "int4"), ("activations", "int8"), ("method", "adaround"), ("reconstruct.steps", "7"),
+        ("other settings", "the defaults"), ("settings", "the defaults"),
+    ]  # fmt: skip
+
+
+def test_firmware_is_compared_by_its_weights(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    parity = Parity.load(folder / "parity.json")
+    source = next(s.bytes for s in parity.stages if s.name == "float")
+    assert source is not None
+    firmware = replace(parity.artifacts[0], artifact={**parity.artifacts[0].artifact, "memory": {"flash_weights": source // 4}})
+    replace(parity, artifacts=(firmware,)).save(folder / "parity.json")
+    assert "its weights 4.0× smaller than the float weights" in render(folder)

@@ -86,7 +86,9 @@ def test_what_stays_in_float_is_named_and_has_rows(tmp_path: Path, capsys: pytes
     pytest.importorskip("onnxruntime")
     outcome = edgekit.run_model(Attention().eval(), torch.randn(64, 5, 16), tmp_path / "run", targets=["onnx"])
     left, share = outcome.warnings
-    assert left.startswith("2 operators stay in float: attention_scaled_dot_product_attention (scaled_dot_product_attention), mean (mean); ")
+    assert left.startswith(
+        "2 operators stay in float: attention_scaled_dot_product_attention (scaled_dot_product_attention), mean (mean); "
+    )
     products, integers = 2 * 2 * 5 * 5 * 8, 5 * 16 * 48 + 5 * 16 * 16 + 16 * 3
     wanted = f"onnx: {100 * products / (products + integers):.1f} % of the multiply-accumulates run in float: attention_scaled"
     assert share.startswith(wanted)

@@ -64,7 +64,7 @@ def test_an_integer_layer_in_float_is_named_everywhere(tmp_path: Path, capsys: p
     assert " ".join(capsys.readouterr().err.split()).count(said) == 1
     html = render(outcome.folder)
     assert "<b>onnx</b> computes in float, between integers: silu, gelu. Remedy: " in html
-    assert "Of the program nothing" in html and "<p>Nothing" not in html
+    assert "The program leaves nothing in float: every" in html and "<p>Nothing" not in html
     tables = run(tmp_path / "tables", {"onnx": {"tables": True}})
     assert tables.warnings == () and "<p>Nothing: every operator" in render(tables.folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -327,7 +328,9 @@ def test_a_file_that_is_gone_is_a_breach_until_it_is_made_again(tmp_path: Path, 
     pytest.importorskip("onnxruntime")
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
     pipeline.run(tiny_recipe.write(tmp_path), tmp_path / "run")
-    (tmp_path / "run" / "export_tflite.json").write_text("{}")  # as an export of model.tflite leaves it
+    exported = json.loads((tmp_path / "run" / "export_onnx.json").read_text())
+    facts = {**exported, "target": "tflite", "path": "model.tflite"}  # as an export of model.tflite leaves them
+    (tmp_path / "run" / "export_tflite.json").write_text(json.dumps(facts))
     for _ in range(2):
         outcome = pipeline.verify(tmp_path / "run")
         assert outcome.parity is not None

@@ -40,8 +40,8 @@ def named(layers: Sequence[str]) -> str:
 
 
 def in_float(row: Mapping[str, Any]) -> bool:
-    """Whether a row of a file's coverage computes in float: a delegate may do so too, between int8 tensors, and notes it."""
-    return bool(row["runs"] == "float" or (row["runs"] == "delegated" and "computed in float32" in row["note"]))
+    """Whether a row of a file's coverage computes in float, inside of a delegate or not."""
+    return bool(row["runs"] == "float")
 
 
 def integer_layers_in_float(rows: Sequence[Mapping[str, Any]], program: FrozenProgram) -> list[str]:

@@ -207,7 +207,7 @@ def _row(file: PteFile, placed: Placed, producers: Mapping[int, FileOp]) -> Cove
     inside = all(op.delegate >= 0 for op in ops) if ops else bool(file.delegates)
     types = {file.tensors[n].dtype for op in ops for n in (*op.inputs, *op.outputs) if n in file.tensors}
     in_float = "float32" in types and layer.op not in ("quantize", "dequantize")
-    runs = "delegated" if inside else "float" if in_float else "int8"
+    runs = "float" if in_float else "delegated" if inside else "int8"
     storage, notes = "", []
     if "weight" in layer.args and ops:
         weight, _ = _constants(file, ops[0], producers)

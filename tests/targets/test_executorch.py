@@ -127,7 +127,8 @@ def test_shapes_groups_pools_and_slices(backend: executorch.Backend, tmp_path: P
     found = executorch.lower(frozen, tmp_path / "shapes.pte", executorch.Options(backend=backend))
     check_taps(frozen, found.path, torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)))
     if backend == "xnnpack":
-        assert {c.runs for c in found.coverage} == {"delegated"}
+        assert len(read_pte(found.path).delegates) == 1 and {c.runs for c in found.coverage} == {"delegated", "float"}
+        assert {c.layer for c in found.coverage if c.runs == "float"} == {"pool_padded", "pool", "cat"}  # XNNPACK's are float
         assert next(c for c in found.coverage if c.layer == "fc").storage == "int4"
 
 
@@ -135,7 +136,9 @@ def test_shapes_groups_pools_and_slices(backend: executorch.Backend, tmp_path: P
 def test_table_functions_stay_in_one_delegate(tmp_path: Path) -> None:
     frozen = program(Functions, 3, 8, 8)
     found = executorch.lower(frozen, tmp_path / "functions.pte")
-    assert {c.runs for c in found.coverage} == {"delegated"}
+    assert len(read_pte(found.path).delegates) == 1 and {c.runs for c in found.coverage} == {"delegated", "float"}
+    functions = {la.name for la in frozen.layers if la.op == "qlut"} - {"relu", "relu6"}  # XNNPACK clamps integers
+    assert {c.layer for c in found.coverage if c.runs == "float"} == functions
     assert "float32" in next(c.note for c in found.coverage if c.layer == "sigmoid")
     check_taps(frozen, found.path, torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
 

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgekit.frozen import FrozenProgram
+from edgekit.frozen.binary_ops import PACKED_OPS
 from edgekit.metrics import HUGE, difference, sqnr_db
 from edgekit.parity import LayerParity
 from edgekit.recipe import Verify
@@ -106,7 +107,8 @@ def breaches(name: str, found: Comparison, first: str | None, settings: Verify) 
     """A sentence for each layer that left tolerance."""
     return [
         f"{name}: layer {x.layer} ({x.op}) differs from the frozen program by {x.max_lsb:g} LSB (share {x.share:.3g}) when fed "
-        f"the same inputs, {settings.max_lsb:g} allowed{'; it is the first layer to diverge' if x.layer == first else ''}"
+        f"the same inputs, {0 if x.op in PACKED_OPS else settings.max_lsb:g} allowed"
+        f"{'; it is the first layer to diverge' if x.layer == first else ''}"
         for x in found.layers
         if not x.within
     ]
@@ -164,6 +166,8 @@ def _signed(outputs: Arrays, expected: Sequence[Any], steps: Sequence[float | No
 
 
 def _layer(layer: Any, found: NDArray[Any], expected: NDArray[Any], settings: Verify) -> LayerParity:
+    if layer.packed:  # signs: each is right or wrong, there is no step between
+        found, expected = np.unpackbits(found.astype(np.uint8)), np.unpackbits(expected.astype(np.uint8))
     gap = difference(found, expected)
     zero_point = layer.out_zero_point or 0
     return LayerParity(
@@ -175,5 +179,5 @@ def _layer(layer: Any, found: NDArray[Any], expected: NDArray[Any], settings: Ve
         share=gap.share,
         sqnr_db=sqnr_db(expected.astype(np.float64) - zero_point, found.astype(np.float64) - zero_point),
         elements=gap.elements,
-        within=gap.largest <= settings.max_lsb,
+        within=gap.largest <= (0 if layer.packed else settings.max_lsb),
     )

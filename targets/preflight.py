@@ -19,6 +19,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from edgekit.compress.explain import source_line
 from edgekit.errors import UnsupportedError
 from edgekit.frozen import FrozenProgram, Layer
+from edgekit.frozen.binary_ops import BINARY_OPS
 from edgekit.targets.accepted import ACCEPTED, REMEDIES
 
 __all__ = ["Problem", "check_model", "check_program"]
@@ -185,7 +186,10 @@ def _layer(layer: Layer, target: str, source: str) -> Iterator[Problem]:
     if bits - ({8, 16} if target == "tflite" else {8}):
         remedy = "set activations: int8; the target tflite takes int16"
         yield Problem(layer.name, layer.op, source, f"its activations have {max(bits)} bits, {target} takes 8", remedy)
-    if target == "onnx":
+    if layer.op in BINARY_OPS:
+        remedy = "drop this target, or the recipe's `binary` step"
+        yield Problem(layer.name, layer.op, source, f"{target} does not take the 1-bit operator {layer.op}", remedy)
+    elif target == "onnx":
         from edgekit.targets.onnx_rules import RULES
 
         if layer.op not in RULES:

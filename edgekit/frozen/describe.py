@@ -22,11 +22,12 @@ class Row:
         op: operator, such as "qconv2d".
         kind: "depthwise", "grouped", "float" for an operator that stays in float, or "".
         shape: output shape, batch of one first.
-        weight_bits, activation_bits: None where there is none.
+        weight_bits, activation_bits: None where there is none; activations are the output's.
         parameters: number of weights and biases.
         macs: multiply-accumulates for one sample.
         bytes: packed weights, int32 biases, float32 scales; what a float operator stores.
         source: "file.py:line" in the model, "" if unknown.
+        input_bits: bits of the activations that it multiplies.
     """
 
     layer: str
@@ -39,6 +40,15 @@ class Row:
     macs: int
     bytes: int
     source: str
+    input_bits: int | None = None
+
+    @property
+    def label(self) -> str:
+        """What it multiplies: "w8a8", "w1a1", "a1" without weights, "float32"."""
+        if self.kind == "float":
+            return "float32"
+        weight = "" if self.weight_bits is None else f"w{self.weight_bits}"
+        return weight + (f"a{self.input_bits}" if self.input_bits else "")
 
 
 @dataclass(frozen=True)
@@ -71,9 +81,7 @@ def describe(program: FrozenProgram) -> Description:
     by_bits: dict[str, int] = {}
     for row in rows:
         if row.macs:
-            label = f"w{row.weight_bits}a{row.activation_bits}" if row.activation_bits else f"w{row.weight_bits}"
-            label = "float32" if row.kind == "float" else label
-            by_bits[label] = by_bits.get(label, 0) + row.macs
+            by_bits[row.label] = by_bits.get(row.label, 0) + row.macs
     return Description(
         program.name,
         program.input_shapes,
@@ -87,10 +95,9 @@ def describe(program: FrozenProgram) -> Description:
 
 
 def _row(layer: Layer, source: str) -> Row:
-    bits = None if layer.out_scale is None else int(layer.args.get("out_bits", layer.args.get("bits", 8)))
     return Row(
-        layer.name, layer.op, _kind(layer), layer.shape, layer.weight_bits, bits, layer.parameters, layer.macs,
-        layer.weight_bytes, source,
+        layer.name, layer.op, _kind(layer), layer.shape, layer.weight_bits, layer.activation_bits, layer.parameters, layer.macs,
+        layer.weight_bytes, source, layer.input_bits,
     )  # fmt: skip
 
 

@@ -80,21 +80,21 @@ def lut_table(function: str, in_scale: float, in_zp: int, out_scale: float, out_
     return torch.round(real / out_scale).add(out_zp).clamp(-128, 127).to(torch.int8)
 
 
-def _storage(bits: int) -> torch.dtype:
+def storage(bits: int) -> torch.dtype:
     return torch.int8 if bits <= 8 else torch.int16
 
 
 def _round_to(real: Tensor, scale: float, zero_point: int, activation: str, bits: int) -> Tensor:
     """Float64 real values to integers: one rounding, half to even, then the activation's clamp."""
     low, high = activation_bounds(activation, scale, zero_point, bits)
-    return torch.round(real / scale).add(zero_point).clamp(low, high).to(_storage(bits))
+    return torch.round(real / scale).add(zero_point).clamp(low, high).to(storage(bits))
 
 
-def _requantize(acc: Tensor, scale: Tensor, zero_point: int, bounds: tuple[int, int], bits: int) -> Tensor:
-    return torch.round(acc.to(torch.float32) * scale).add(zero_point).clamp(*bounds).to(_storage(bits))
+def requantize(acc: Tensor, scale: Tensor, zero_point: int, bounds: tuple[int, int], bits: int) -> Tensor:
+    return torch.round(acc.to(torch.float32) * scale).add(zero_point).clamp(*bounds).to(storage(bits))
 
 
-def _register(name: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def register(name: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
     op = torch.library.custom_op(f"edgekit::{name}", reference, mutates_args=())
     op.register_fake(fake)
 
@@ -102,7 +102,7 @@ def _register(name: str, reference: Callable[..., Any], fake: Callable[..., Any]
 def _quantize(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
     low, high = integer_range(bits)
     q = torch.round(x.to(torch.float32) * (1.0 / scale)).add(zero_point)
-    return q.clamp(low, high).to(_storage(bits))
+    return q.clamp(low, high).to(storage(bits))
 
 
 def _dequantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
@@ -128,7 +128,7 @@ def _qconv2d(
 ) -> Tensor:
     acc = F.conv2d(x.double() - in_zp, weight.double(), bias.double(), list(stride), list(padding), list(dilation), groups)
     scale = multiplier(in_scale, weight_scale, out_scale).view(1, -1, 1, 1)
-    return _requantize(acc, scale, out_zp, activation_bounds(activation, out_scale, out_zp, out_bits), out_bits)
+    return requantize(acc, scale, out_zp, activation_bounds(activation, out_scale, out_zp, out_bits), out_bits)
 
 
 def _qconv2d_fake(
@@ -137,7 +137,7 @@ def _qconv2d_fake(
     weight_bits: int, out_bits: int,
 ) -> Tensor:  # fmt: skip
     y = F.conv2d(x.float(), weight.float(), None, list(stride), list(padding), list(dilation), groups)
-    return y.to(_storage(out_bits))
+    return y.to(storage(out_bits))
 
 
 def _qlinear(
@@ -155,14 +155,14 @@ def _qlinear(
 ) -> Tensor:
     acc = F.linear(x.double() - in_zp, weight.double(), bias.double())
     bounds = activation_bounds(activation, out_scale, out_zp, out_bits)
-    return _requantize(acc, multiplier(in_scale, weight_scale, out_scale), out_zp, bounds, out_bits)
+    return requantize(acc, multiplier(in_scale, weight_scale, out_scale), out_zp, bounds, out_bits)
 
 
 def _qlinear_fake(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, in_scale: float, in_zp: int, out_scale: float,
     out_zp: int, activation: str, weight_bits: int, out_bits: int,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=_storage(out_bits))
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=storage(out_bits))
 
 
 def _binary(combine: Callable[[Tensor, Tensor], Tensor]) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
@@ -177,7 +177,7 @@ def _binary(combine: Callable[[Tensor, Tensor], Tensor]) -> tuple[Callable[..., 
         a: Tensor, b: Tensor, a_scale: float, a_zp: int, b_scale: float, b_zp: int,
         out_scale: float, out_zp: int, activation: str, out_bits: int,
     ) -> Tensor:  # fmt: skip
-        return combine(a, b).to(_storage(out_bits))
+        return combine(a, b).to(storage(out_bits))
 
     return reference, fake
 
@@ -188,7 +188,7 @@ def _qmean(x: Tensor, in_scale: float, in_zp: int, out_scale: float, out_zp: int
 
 
 def _qmean_fake(x: Tensor, in_scale: float, in_zp: int, out_scale: float, out_zp: int, out_bits: int) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[1], 1, 1), dtype=_storage(out_bits))
+    return x.new_empty((x.shape[0], x.shape[1], 1, 1), dtype=storage(out_bits))
 
 
 def _qavg_pool2d(
@@ -255,7 +255,7 @@ def _qlut_fake(x: Tensor, table: Tensor, function: str, in_scale: float, in_zp: 
 
 
 for _name, _reference, _fake in (
-    ("quantize", _quantize, lambda x, scale, zero_point, bits: torch.empty_like(x, dtype=_storage(bits))),
+    ("quantize", _quantize, lambda x, scale, zero_point, bits: torch.empty_like(x, dtype=storage(bits))),
     ("dequantize", _dequantize, lambda x, scale, zero_point: torch.empty_like(x, dtype=torch.float32)),
     ("qconv2d", _qconv2d, _qconv2d_fake),
     ("qlinear", _qlinear, _qlinear_fake),
@@ -271,4 +271,4 @@ for _name, _reference, _fake in (
     ("qslice", _qslice, _qslice),
     ("qlut", _qlut, _qlut_fake),
 ):
-    _register(_name, _reference, _fake)
+    register(_name, _reference, _fake)

@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 
 from edgekit.errors import ModelError
 from edgekit.frozen import ops
+from edgekit.frozen.binary_ops import PACKED_OPS
 from edgekit.frozen.float_layers import FloatLayer, float_layers
 
 __all__ = ["FrozenOp", "FrozenProgram", "Layer", "Unquantized", "freeze_module"]
@@ -67,8 +68,27 @@ class Layer:
     @property
     def weight_bits(self) -> int | None:
         """Bits of a stored weight, None for a layer without weights."""
+        if self.op.startswith("binary_"):
+            return 1 if isinstance(self.args.get("weight"), Tensor) else None
         bits = self.args.get("weight_bits")
         return None if bits is None else int(bits)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the output is packed signs (see :mod:`edgekit.frozen.binary_ops`)."""
+        return self.op in PACKED_OPS
+
+    @property
+    def input_bits(self) -> int | None:
+        """Bits of the activations that a layer with products reads: 1 for binary ones, else those of its output."""
+        return 1 if self.op.startswith("binary_") else self.activation_bits
+
+    @property
+    def activation_bits(self) -> int | None:
+        """Bits of an output value; None where the output is float."""
+        if self.packed:
+            return 1
+        return None if self.out_scale is None else int(self.args.get("out_bits", self.args.get("bits", 8)))
 
     @property
     def out_scale(self) -> float | None:
@@ -84,22 +104,36 @@ class Layer:
 
     @property
     def parameters(self) -> int:
-        """Number of weights and biases."""
-        return sum(self.args[k].numel() for k in ("weight", "bias") if isinstance(self.args.get(k), Tensor))
+        """Number of weights and biases (of a binary layer, thresholds)."""
+        others = sum(self.args[k].numel() for k in ("bias", "threshold") if isinstance(self.args.get(k), Tensor))
+        weight = self.args.get("weight")
+        return int(others) + (len(weight) * self._products(weight) if isinstance(weight, Tensor) else 0)
+
+    def _products(self, weight: Tensor) -> int:
+        """Multiply-accumulates for one output value."""
+        if not self.op.startswith("binary_"):
+            return weight[0].numel()
+        # packed along the last dimension, which may end in bits that stand for nothing
+        reduced = int(self.args.get("channels", self.args.get("features", 0))) // int(self.args.get("groups", 1))
+        return weight[0, ..., 0].numel() * reduced
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates for one sample (0 for layers without weights)."""
         weight = self.args.get("weight")
-        if not isinstance(weight, Tensor):
-            return 0
         # the program's batch is one, and not always first: torch's attention works on (time, batch, features)
-        return math.prod(self.shape) * weight[0].numel()
+        if not isinstance(weight, Tensor):
+            return math.prod(self.shape) * int(self.args["features"]) if self.op == "binary_qmatmul" else 0
+        outputs = math.prod(self.shape[:-1]) * len(weight) if self.packed else math.prod(self.shape)
+        return outputs * self._products(weight)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of packed weights, int32 biases and float32 scales."""
+        """Bytes of packed weights, int32 biases, float32 scales, and the thresholds of binary layers."""
         weight = self.args.get("weight")
+        if self.op == "binarize" or self.op.startswith("binary_"):
+            stored = (self.args.get(k) for k in ("weight", "bias", "weight_scale", "threshold"))
+            return sum(t.numel() * t.element_size() for t in stored if isinstance(t, Tensor))
         if not isinstance(weight, Tensor):
             return int(self.args["table"].numel()) if isinstance(self.args.get("table"), Tensor) else 0
         packed = -(-weight.numel() * (self.weight_bits or 8) // 8)

@@ -81,9 +81,9 @@ def _conv_sum(
     x: Tensor, weight: Tensor, channels: int, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
 ) -> Tensor:
     """The integer sums as float64, NCHW."""
-    signs = unpack_signs(x, channels).movedim(-1, 1).double().contiguous()
-    kernel = unpack_signs(weight, channels // groups).movedim(-1, 1).double().contiguous()
-    return F.conv2d(signs, kernel, None, list(stride), list(padding), list(dilation), groups)
+    signs = unpack_signs(x, channels).movedim(-1, 1).double()
+    kernel = unpack_signs(weight, channels // groups).movedim(-1, 1).double()
+    return F.conv2d(signs, kernel, None, list(stride), list(padding), list(dilation), groups).contiguous()
 
 
 def _conv_shape(

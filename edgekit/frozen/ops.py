@@ -27,7 +27,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["ACTIVATIONS", "LUT_FUNCTIONS", "OPS", "activation_bounds", "integer_range", "lut_table", "multiplier"]
+__all__ = [
+    "ACTIVATIONS",
+    "LUT_FUNCTIONS",
+    "OPS",
+    "activation_bounds",
+    "integer_range",
+    "lut_table",
+    "multiplier",
+    "register",
+    "requantize",
+    "storage",
+]
 
 ACTIVATIONS = ("none", "relu", "relu6")
 
@@ -81,6 +92,7 @@ def lut_table(function: str, in_scale: float, in_zp: int, out_scale: float, out_
 
 
 def storage(bits: int) -> torch.dtype:
+    """dtype of an activation of that many bits."""
     return torch.int8 if bits <= 8 else torch.int16
 
 
@@ -91,10 +103,12 @@ def _round_to(real: Tensor, scale: float, zero_point: int, activation: str, bits
 
 
 def requantize(acc: Tensor, scale: Tensor, zero_point: int, bounds: tuple[int, int], bits: int) -> Tensor:
+    """Exact sums to integers by the one rounding rule; ``scale`` holds the float32 multipliers."""
     return torch.round(acc.to(torch.float32) * scale).add(zero_point).clamp(*bounds).to(storage(bits))
 
 
 def register(name: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Make ``edgekit::name`` from a function of tensors and one that gives its output's shape and dtype."""
     op = torch.library.custom_op(f"edgekit::{name}", reference, mutates_args=())
     op.register_fake(fake)
 

@@ -257,33 +257,46 @@ def doctor(
 
 @app.command(name="setup-sim")
 def setup_sim(
-    system: Annotated[str, typer.Argument(help="arm64: the Linux of the device qemu-aarch64.", metavar="SYSTEM")] = "arm64",
+    system: Annotated[
+        str, typer.Argument(help="arm64, or a simulator: spikingjelly, snntorch, norse, sinabs, nest, xylosim, lava, neurobench.")
+    ] = "arm64",
     runtime: Annotated[
         list[str] | None,
         typer.Option(
-            "--runtime", help="tflite-runtime, ai-edge-litert, onnxruntime or executorch (repeat for more); all if left out."
+            "--runtime",
+            help="arm64: tflite-runtime, ai-edge-litert, onnxruntime or executorch (repeat for more); all if left out.",
         ),
     ] = None,
     apt_sources: Annotated[
-        Path | None, typer.Option("--apt-sources", help="A sources.list of Debian 12, if apt here is set to something else.")
+        Path | None,
+        typer.Option("--apt-sources", help="arm64: a sources.list of Debian 12, if apt here is set to something else."),
     ] = None,
+    python: Annotated[Path | None, typer.Option("--python", help="lava: a Python 3.10, if none is found.")] = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Make, check or repair the emulated arm64 Linux in the cache folder."""
-    from edgekit.devices import arm64_root
+    """Make, check or repair the emulated arm64 Linux, or a neuromorphic simulator, in the cache folder."""
+    from edgekit.devices import arm64_root, simulators
     from edgekit.errors import InputError
 
-    if system != "arm64":
-        raise InputError(f"system {system!r} is unknown; there is: arm64")
+    if system != "arm64" and system not in simulators.SIMULATORS:
+        raise InputError(f"system {system!r} is unknown; choose one of: arm64, {', '.join(simulators.SIMULATORS)}")
+    if (system == "arm64" and python is not None) or (system != "arm64" and (runtime or apt_sources)):
+        raise InputError("--runtime and --apt-sources are for arm64, --python is for lava")
     with console.progress_bars(quiet=json) as bars:
         said = None if json else lambda what, done, total: None if done else print(f"{what} ...", file=sys.stderr)
-        found = arm64_root.setup(runtime, apt_sources, progress=bars or said)
+        if system == "arm64":
+            found = arm64_root.setup(runtime, apt_sources, progress=bars or said)
+        else:
+            found = simulators.setup(system, python, progress=bars or said)
     if json:
         console.print_json(found)
-        return
-    console.print_table("arm64 Linux", ["part", "what was done"], list(found["parts"].items()))
-    print(f"{found['folder']}  {console.size(found['bytes'])}, runs: {', '.join(found['runtimes'])}")
+    elif system == "arm64":
+        console.print_table("arm64 Linux", ["part", "what was done"], list(found["parts"].items()))
+        print(f"{found['folder']}  {console.size(found['bytes'])}, runs: {', '.join(found['runtimes'])}")
+    else:
+        print(f"{system}: {found['state']}, {', '.join(f'{p} {v}' for p, v in found['packages'].items())}")
+        print(f"{found['folder']}  {console.size(found['bytes'])}")
 
 
 @app.command()

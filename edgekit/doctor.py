@@ -46,10 +46,13 @@ def examine(model: str | None = None, data: str | None = None, shape: str | None
     Raises:
         InputError: the model cannot be loaded, or nothing says what its input looks like.
     """
+    from edgekit.devices import simulators
+
     found: dict[str, Any] = {
         "environment": environment.describe(),
         "targets": targets(),
         "tools": {name: shutil.which(name) is not None for name in TOOLS},
+        "simulators": {name: name in simulators.installed() for name in simulators.SIMULATORS},
         "cache": {"folder": str(cache.folder()), "bytes": _bytes(cache.folder())},
     }
     if model is not None:
@@ -72,6 +75,9 @@ def show(found: dict[str, Any]) -> None:
     )
     rows = [[name, there, TOOLS[name]] for name, there in found["tools"].items()]
     console.print_table("tools", ["program", "found", "used for"], rows)
+    there = [name for name, set_up in found["simulators"].items() if set_up]
+    missing = ", ".join(name for name in found["simulators"] if name not in there)
+    print(f"simulators: {', '.join(there) or 'none'}" + (f"; `edgekit setup-sim` makes {missing}" if missing else ""))
     print(f"cache: {found['cache']['folder']}, {console.size(found['cache']['bytes'])}; it may be deleted at any time")
     if "model" in found:
         rows = [

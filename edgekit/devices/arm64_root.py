@@ -12,23 +12,19 @@ file), and ``roots/<cpu>``, what the emulator sees as ``/`` (links into ``base``
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import shutil
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgekit import cache
+from edgekit.devices import parts
 from edgekit.devices.arm64_cpu import CPUS, write_system_files
 from edgekit.errors import FormatError, InputError, MissingTool
-from edgekit.files import sha256, write_json
+from edgekit.files import sha256
 
 __all__ = ["PACKAGES", "RUNTIMES", "WHEELS", "Wheel", "folder", "installed", "python", "python_path", "root", "setup"]
 
@@ -134,7 +130,7 @@ def setup(
         *((f"{w} {WHEELS[w].version}", _site(w), _unpacker(w)) for w in wheels),
     ]
     done: dict[str, str] = {}
-    with _locked():
+    with parts.locked(folder()):
         _check_space([path for _, path, _ in steps])
         for name, path, make in steps:
             if progress is not None:
@@ -149,45 +145,15 @@ def setup(
 
 
 def _part(path: Path, make: Callable[[Path], Mapping[str, str]]) -> str:
-    """Check a part; make it in a temporary folder and put it in place by one rename if it is absent or damaged."""
-    state = "made"
-    if path.exists():
-        if _whole(path):
-            return "kept"
-        state = "repaired"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*.tmp"):  # of a killed set-up; the lock says nobody is using it
-        shutil.rmtree(left)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        made_of = make(work / "part")
-        files = {p.relative_to(work / "part").as_posix(): sha256(p) for p in _files(work / "part")}
-        write_json(work / "part" / "part.json", {"made_of": made_of, "files": files})
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(work / "part", path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; set EDGEKIT_CACHE to another folder") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return state
+    """A part that is there and whole is kept, another one is made; see :func:`edgekit.devices.parts.made`."""
+    return parts.made(path, make, lambda made_of: _wanted(path.name, made_of))
 
 
-def _whole(path: Path) -> bool:
-    """Whether every file of a part is there with its bytes, and it was made of what this edgekit asks for."""
-    try:
-        found = json.loads((path / "part.json").read_text())
-        if path.name in WHEELS and found["made_of"] != _made_of(path.name):
-            return False
-        if path.name not in WHEELS and {name.split()[0] for name in found["made_of"]} != set(PACKAGES):
-            return False
-        return all(sha256(path / name) == digest for name, digest in found["files"].items())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _files(path: Path) -> Iterator[Path]:
-    return (p for p in sorted(path.rglob("*")) if p.is_file() and not p.is_symlink())
+def _wanted(name: str, made_of: Mapping[str, str]) -> bool:
+    """Whether a part was made of what this edgekit asks for."""
+    if name in WHEELS:
+        return made_of == _made_of(name)
+    return {package.split()[0] for package in made_of} == set(PACKAGES)
 
 
 def _site(wheel: str) -> Path:
@@ -214,9 +180,9 @@ def _unpack_wheel(name: str, into: Path) -> Mapping[str, str]:
     python = ["--only-binary=:all:", "--python-version", "3.11", "--implementation", "cp", "--no-deps"]
     pip = [sys.executable, "-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check"]
     download = [*pip, "download", *platform, *python, "--require-hashes", "-r", str(wanted), "-d", str(into.parent / "wheels")]
-    if _quiet([sys.executable, "-m", "pip", "--version"]).returncode:
+    if parts.quiet([sys.executable, "-m", "pip", "--version"]).returncode:
         raise MissingTool(f"pip is not installed for {sys.executable}; run: {sys.executable} -m ensurepip")
-    found = _quiet(download)
+    found = parts.quiet(download)
     files = list((into.parent / "wheels").glob("*.whl"))
     if found.returncode or len(files) != 1:
         if "DO NOT MATCH THE HASHES" in found.stderr:
@@ -224,14 +190,14 @@ def _unpack_wheel(name: str, into: Path) -> Mapping[str, str]:
                 f"{name} {wheel.version} from pip's index is not the published file (SHA-256 differs); nothing was kept"
             )
         raise InputError(
-            f"pip cannot download {name} {wheel.version} for aarch64: {_reason(found.stderr)}; run the command again"
+            f"pip cannot download {name} {wheel.version} for aarch64: {parts.reason(found.stderr)}; run the command again"
         )
     if sha256(files[0]) != wheel.sha256:
         raise FormatError(f"{files[0].name} is not the published file (SHA-256 differs); nothing was kept")
     install = [*pip, "install", *platform, *python, "--no-index", "--no-compile", "--target", str(into), str(files[0])]
-    found = _quiet(install)
+    found = parts.quiet(install)
     if found.returncode:
-        raise InputError(f"pip cannot unpack {files[0].name}: {_reason(found.stderr)}")
+        raise InputError(f"pip cannot unpack {files[0].name}: {parts.reason(found.stderr)}")
     return _made_of(name)
 
 
@@ -251,12 +217,12 @@ def _unpack_packages(into: Path, sources: Path | None) -> Mapping[str, str]:
             raise InputError(f"{sources}: no such file; --apt-sources takes a sources.list")
         options |= {"Dir::Etc::sourcelist": sources.resolve(), "Dir::Etc::sourceparts": "/dev/null"}
     words = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
-    found = _quiet(["apt-get", *words, "update", "-qq"])
+    found = parts.quiet(["apt-get", *words, "update", "-qq"])
     if found.returncode:
-        raise InputError(f"apt-get update for arm64 failed: {_reason(found.stderr)}; check the network and apt's sources")
+        raise InputError(f"apt-get update for arm64 failed: {parts.reason(found.stderr)}; check the network and apt's sources")
     digests: dict[str, str] = {}
     for package in PACKAGES:
-        shown = _quiet(["apt-cache", *words, "show", "--no-all-versions", package])
+        shown = parts.quiet(["apt-cache", *words, "show", "--no-all-versions", package])
         fields = dict(line.split(": ", 1) for line in shown.stdout.splitlines() if ": " in line and line[0] != " ")
         if shown.returncode or "SHA256" not in fields:
             raise InputError(
@@ -264,16 +230,16 @@ def _unpack_packages(into: Path, sources: Path | None) -> Mapping[str, str]:
                 "give a sources.list of Debian 12 by --apt-sources"
             )
         digests[f"{package} {fields['Version']}"] = fields["SHA256"]
-    found = _quiet(["apt-get", *words, "download", "-qq", *PACKAGES], folder=state / "debs")
+    found = parts.quiet(["apt-get", *words, "download", "-qq", *PACKAGES], folder=state / "debs")
     files = sorted((state / "debs").glob("*.deb"))
     if found.returncode or len(files) != len(PACKAGES):
-        raise InputError(f"apt-get cannot download the arm64 packages: {_reason(found.stderr)}; run the command again")
+        raise InputError(f"apt-get cannot download the arm64 packages: {parts.reason(found.stderr)}; run the command again")
     for file in files:
         if sha256(file) not in digests.values():
             raise FormatError(f"{file.name} is not the file of apt's index (SHA-256 differs); nothing was kept")
-        found = _quiet(["dpkg", "-x", str(file), str(into)])
+        found = parts.quiet(["dpkg", "-x", str(file), str(into)])
         if found.returncode:
-            raise InputError(f"dpkg cannot unpack {file.name}: {_reason(found.stderr)}")
+            raise InputError(f"dpkg cannot unpack {file.name}: {parts.reason(found.stderr)}")
     return digests
 
 
@@ -284,37 +250,7 @@ def _require_tools() -> None:
         raise MissingTool(f"{', '.join(missing)} not installed; on Debian and Ubuntu run: apt-get install {packages}")
 
 
-def _check_space(parts: Sequence[Path]) -> None:
+def _check_space(wanted: Sequence[Path]) -> None:
     """Room for what is not there: unpacked files are up to four times as large as a wheel, which stays until they are checked."""
-    needed = sum(5e6 * WHEELS[p.name].megabytes if p.name in WHEELS else 150e6 for p in parts if not p.exists())
-    place = folder()
-    place.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise InputError(
-            f"{place}: {free / 1e6:.0f} MB free, about {needed / 1e6:.0f} MB needed; free some space, choose fewer runtimes, "
-            "or set EDGEKIT_CACHE to another folder"
-        )
-
-
-@contextmanager
-def _locked() -> Iterator[None]:
-    """One set-up at a time; a second one waits and then finds everything there."""
-    try:
-        folder().mkdir(parents=True, exist_ok=True)
-        with (folder() / "lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-    except PermissionError as error:
-        raise InputError(f"cannot write {folder()}: no permission; set EDGEKIT_CACHE to another folder") from error
-
-
-def _quiet(command: Sequence[str], folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, stdin=subprocess.DEVNULL)
-
-
-def _reason(text: str) -> str:
-    """The line of a program's messages that says why."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith(("E:", "ERROR"))]
-    return (telling or lines or ["no message"])[-1][:300]
+    needed = sum(5e6 * WHEELS[p.name].megabytes if p.name in WHEELS else 150e6 for p in wanted if not p.exists())
+    parts.require_space(folder(), needed, "runtimes")

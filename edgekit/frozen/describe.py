@@ -28,6 +28,7 @@ class Row:
         bytes: packed weights, int32 biases, float32 scales; what a float operator stores.
         source: "file.py:line" in the model, "" if unknown.
         input_bits: bits of the activations that it multiplies.
+        state_updates: membrane updates for one sample, neurons times time steps.
     """
 
     layer: str
@@ -41,6 +42,7 @@ class Row:
     bytes: int
     source: str
     input_bits: int | None = None
+    state_updates: int = 0
 
     @property
     def label(self) -> str:
@@ -55,7 +57,7 @@ class Row:
 class Description:
     """Rows in execution order, their totals, and what stays float as (layer, op, reason).
 
-    ``macs_by_bits``: multiply-accumulates by label, "w8a8" and so on, "float32" for what stays in float.
+    ``macs_by_bits``: multiply-accumulates by label, "w8a8" and so on ("a1": signs or single spikes), "float32" for float ones.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Description:
     bytes: int
     macs_by_bits: dict[str, int]
     unquantized: tuple[tuple[str, str, str], ...]
+    state_updates: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -91,13 +94,14 @@ def describe(program: FrozenProgram) -> Description:
         sum(r.bytes for r in rows),
         by_bits,
         tuple((u.layer, u.op, u.reason) for u in program.unquantized),
+        sum(r.state_updates for r in rows),
     )
 
 
 def _row(layer: Layer, source: str) -> Row:
     return Row(
         layer.name, layer.op, _kind(layer), layer.shape, layer.weight_bits, layer.activation_bits, layer.parameters, layer.macs,
-        layer.weight_bytes, source, layer.input_bits,
+        layer.weight_bytes, source, layer.input_bits, layer.state_updates,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from edgekit.errors import ModelError
 from edgekit.frozen import ops
 from edgekit.frozen.binary_ops import PACKED_OPS
 from edgekit.frozen.float_layers import FloatLayer, float_layers
+from edgekit.frozen.spiking_ops import NEURON_OPS, SPIKING_OPS, STATEFUL_OPS, SYNAPSE_OPS
 
 __all__ = ["FrozenOp", "FrozenProgram", "Layer", "Unquantized", "freeze_module"]
 
@@ -80,7 +81,9 @@ class Layer:
 
     @property
     def input_bits(self) -> int | None:
-        """Bits of the activations that a layer with products reads: 1 for binary ones, else those of its output."""
+        """Bits of the activations that a layer with products reads: 1 for signs and single spikes, else those of its output."""
+        if self.op in SYNAPSE_OPS:
+            return int(self.args["spikes_max"]).bit_length()
         return 1 if self.op.startswith("binary_") else self.activation_bits
 
     @property
@@ -88,6 +91,10 @@ class Layer:
         """Bits of an output value; None where the output is float."""
         if self.packed:
             return 1
+        if self.op in NEURON_OPS:
+            return int(self.args["max_spikes"]).bit_length()
+        if self.op in SYNAPSE_OPS:
+            return 16
         return None if self.out_scale is None else int(self.args.get("out_bits", self.args.get("bits", 8)))
 
     @property
@@ -104,7 +111,9 @@ class Layer:
 
     @property
     def parameters(self) -> int:
-        """Number of weights and biases (of a binary layer, thresholds)."""
+        """Number of weights and biases (of a binary layer, thresholds; of neurons, all their constants)."""
+        if self.op in STATEFUL_OPS:
+            return sum(value.numel() for value in self.args.values() if isinstance(value, Tensor))
         others = sum(self.args[k].numel() for k in ("bias", "threshold") if isinstance(self.args.get(k), Tensor))
         weight = self.args.get("weight")
         return int(others) + (len(weight) * self._products(weight) if isinstance(weight, Tensor) else 0)
@@ -119,7 +128,10 @@ class Layer:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates for one sample (0 for layers without weights)."""
+        """Multiply-accumulates for one sample (0 for layers without weights), over all time steps of a spiking layer.
+
+        For ``spiking_linear`` and ``spiking_conv2d`` this is the dense bound: the accumulates if every input spiked at each step.
+        """
         weight = self.args.get("weight")
         # the program's batch is one, and not always first: torch's attention works on (time, batch, features)
         if not isinstance(weight, Tensor):
@@ -129,7 +141,9 @@ class Layer:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of packed weights, int32 biases, float32 scales, and the thresholds of binary layers."""
+        """Bytes of packed weights, biases, float32 scales, the thresholds of binary layers and the constants of neurons."""
+        if self.op in STATEFUL_OPS:
+            return sum(value.numel() * value.element_size() for value in self.args.values() if isinstance(value, Tensor))
         weight = self.args.get("weight")
         if self.op == "binarize" or self.op.startswith("binary_"):
             stored = (self.args.get(k) for k in ("weight", "bias", "weight_scale", "threshold"))
@@ -137,7 +151,19 @@ class Layer:
         if not isinstance(weight, Tensor):
             return int(self.args["table"].numel()) if isinstance(self.args.get("table"), Tensor) else 0
         packed = -(-weight.numel() * (self.weight_bits or 8) // 8)
-        return packed + 4 * int(self.args["bias"].numel()) + 4 * int(self.args["weight_scale"].numel())
+        bias, scale = self.args["bias"], self.args["weight_scale"]
+        return packed + int(bias.numel()) * int(bias.element_size()) + 4 * int(scale.numel())
+
+    @property
+    def steps(self) -> int | None:
+        """Time steps of a spiking operator, None where time is not its business."""
+        value = self.args.get("steps") if self.op in SPIKING_OPS else None
+        return None if value is None else int(value)
+
+    @property
+    def state_updates(self) -> int:
+        """Membrane updates for one sample: neurons times steps, 0 for operators without a membrane."""
+        return math.prod(self.shape) if self.op in STATEFUL_OPS else 0
 
 
 class FrozenOp(nn.Module):

@@ -1,0 +1,207 @@
+"""The spiking operators against loops over single neurons in numpy scalars and Python integers, written from their docstring."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from core.test_ops import call
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from edgekit.frozen import FrozenOp, freeze_module, load, save
+from edgekit.frozen.describe import describe
+from edgekit.frozen.ops import OPS
+from edgekit.frozen.spiking_ops import NO_LEAK, current_bounds
+
+F32 = np.float32
+SEEDS = st.integers(0, 2**32 - 1)
+RESET = st.sampled_from(["subtract", "zero", "value"])
+TIE = st.sampled_from(["ge", "gt"])
+
+
+def grid(rng: np.random.Generator, shape: tuple[int, ...], low: float = -1.0, high: float = 2.0) -> np.ndarray:
+    """Multiples of 1/4, so that membranes often equal their threshold exactly."""
+    return np.asarray(rng.integers(int(low * 4), int(high * 4) + 1, shape) / 4, F32)
+
+
+def tensors(values: dict[str, np.ndarray]) -> list[Tensor]:
+    return [torch.from_numpy(v) for v in values.values()]
+
+
+def fired(v: F32, threshold: F32, v_reset: F32, reset: str, tie: str, most: int) -> tuple[F32, F32]:
+    s = F32(v >= threshold if tie == "ge" else v > threshold)
+    if most > 1:
+        s = F32(min(max(np.floor(v / threshold), 0), most))
+    if reset == "subtract":
+        return s, v - s * threshold
+    return s, (F32(0) if reset == "zero" else v_reset) if s > 0 else v
+
+
+def integrated(kind: str, v: F32, i: F32, x: F32, p: dict[str, F32], dt: float) -> tuple[F32, F32]:
+    """(membrane, current) after step 1."""
+    if kind in ("if", "i"):
+        return v + F32(float(p["r"]) * dt) * x, i
+    if kind.startswith("cuba"):
+        i = i + F32(dt / float(p["tau_syn"])) * (p["w_in"] * x - i)
+        x = i
+    k = F32(dt / float(p["tau_mem" if kind.startswith("cuba") else "tau"]))
+    return v + k * ((p["v_leak"] - v) + p["r"] * x), i
+
+
+PARAMETERS = {
+    "lif": ("tau", "r", "v_leak"),
+    "if": ("r",),
+    "cuba_lif": ("tau_syn", "tau_mem", "r", "v_leak", "w_in"),
+    "li": ("tau", "r", "v_leak"),
+    "i": ("r",),
+    "cuba_li": ("tau_syn", "tau_mem", "r", "v_leak", "w_in"),
+}
+
+
+@pytest.mark.parametrize("kind", PARAMETERS)
+@given(SEEDS, RESET, TIE, st.sampled_from([1, 1, 3]), st.sampled_from([1.0, 0.5, 1e-3]))
+def test_float_neurons_equal_loops_over_single_neurons(kind: str, seed: int, reset: str, tie: str, most: int, dt: float) -> None:
+    rng = np.random.default_rng(seed)
+    fires, tie = kind.endswith("if"), "ge" if most > 1 else tie
+    steps, n, shape = 6, 2, (3, 2, 2)
+    shapes = [(), (3, 1, 1), shape]
+    p = {name: grid(rng, shapes[rng.integers(3)]) for name in PARAMETERS[kind]}
+    p |= {name: np.asarray(dt * rng.choice([1.0, 2.0, 4.0, 3.3], np.shape(p[name])), F32) for name in p if name.startswith("tau")}
+    if fires:
+        p |= {"v_threshold": grid(rng, shapes[rng.integers(3)], 0.25, 1.5), "v_reset": grid(rng, ())}
+    p["v_init"] = grid(rng, shapes[rng.integers(3)])
+    x = grid(rng, (steps * n, *shape))
+    found = call(f"{kind}_sequence", torch.from_numpy(x), *tensors(p), dt, steps, *([reset, tie, most] if fires else []))
+
+    each = {name: np.broadcast_to(value, shape) for name, value in p.items()}
+    for at in np.ndindex(n, *shape):
+        q = {name: F32(value[at[1:]]) for name, value in each.items()}
+        v, i = q["v_init"], F32(0)
+        for t in range(steps):
+            v, i = integrated(kind, v, i, x.reshape(steps, n, *shape)[(t, *at)], q, dt)
+            out = v
+            if fires:
+                out, v = fired(v, q["v_threshold"], q["v_reset"], reset, tie, most)
+            assert found.view(steps, n, *shape)[(t, *at)].item() == out
+
+
+@given(SEEDS, st.sampled_from(["subtract", "zero"]), st.sampled_from([1, 1, 15]))
+def test_integer_neuron_equals_python_integers(seed: int, reset: str, most: int) -> None:
+    rng = np.random.default_rng(seed)
+    steps, n, features = 8, 2, 6
+    scale = rng.choice([100, 5000, 32767])
+    x = rng.integers(-scale, scale + 1, (steps * n, features)).astype(np.int16)
+    threshold = rng.integers(1, scale + 1, features).astype(np.int16)
+    decay = rng.choice([0, 1, 16384, 29491, 32766, NO_LEAK], features).astype(np.int16)
+    start = rng.integers(-scale, scale + 1, features).astype(np.int16)
+    found = call("qlif_sequence", *map(torch.from_numpy, (x, threshold, decay, start)), steps, reset, most)
+    for b in range(n):
+        for f in range(features):
+            v, d, thr = int(start[f]), int(decay[f]), int(threshold[f])
+            for t in range(steps):
+                v = v if d == NO_LEAK else (v * d + 0x4000) // 32768
+                v = min(max(v + int(x[t * n + b, f]), -32768), 32767)
+                s = min(max(v // thr, 0), most)
+                v = v - s * thr if reset == "subtract" else (0 if s else v)
+                assert int(found[t * n + b, f]) == s
+
+
+@given(SEEDS, st.sampled_from([8, 4, 2]), st.sampled_from([1, 3]))
+def test_synapses_add_the_weights_that_spikes_select(seed: int, bits: int, most: int) -> None:
+    rng = np.random.default_rng(seed)
+    w = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (5, 7)).astype(np.int8)
+    b = rng.integers(-3000, 3000, 5).astype(np.int16)
+    s = rng.integers(0, most + 1, (4, 7)).astype(np.int8)
+    scale = torch.rand(5)
+    found = call("spiking_linear", torch.from_numpy(s), torch.from_numpy(w), scale, torch.from_numpy(b), most, bits)
+    low, high = current_bounds(torch.from_numpy(w), torch.from_numpy(b), most)
+    for n in range(4):
+        for o in range(5):
+            total = int(b[o])
+            for f in range(7):
+                total += int(s[n, f]) * int(w[o, f])
+                assert low <= total <= high
+            assert int(found[n, o]) == total
+
+
+@given(SEEDS, st.sampled_from([1, 2]), st.sampled_from([1, 2]), st.sampled_from([0, 1]), st.sampled_from([1, 2]))
+def test_spiking_conv2d_equals_loops(seed: int, groups: int, stride: int, padding: int, dilation: int) -> None:
+    rng = np.random.default_rng(seed)
+    s = rng.integers(0, 2, (2, 4, 6, 5)).astype(np.int8)
+    w = rng.integers(-128, 128, (2 * groups, 4 // groups, 2, 3)).astype(np.int8)
+    b = rng.integers(-100, 100, 2 * groups).astype(np.int16)
+    args: list[Any] = [[stride] * 2, [padding] * 2, [dilation] * 2, groups, 1, 8]
+    found = call("spiking_conv2d", *map(torch.from_numpy, (s, w)), torch.ones(2 * groups), torch.from_numpy(b), *args)
+    for n, o, i, j in np.ndindex(*found.shape):
+        total = int(b[o])
+        for c, y, z in np.ndindex(*w.shape[1:]):
+            r, q = i * stride - padding + y * dilation, j * stride - padding + z * dilation
+            if 0 <= r < 6 and 0 <= q < 5:
+                total += int(w[o, c, y, z]) * int(s[n, o // 2 * (4 // groups) + c, r, q])
+        assert int(found[n, o, i, j]) == total
+
+
+def test_time_operators_move_and_add_steps() -> None:
+    x = torch.arange(2 * 3 * 4).view(2, 3, 4).float()  # N, T, F
+    folded = call("fold_steps", x)
+    assert folded.shape == (6, 4)
+    assert torch.equal(folded.view(3, 2, 4)[1, 0], x[0, 1])
+    assert torch.equal(call("unfold_steps", folded, 3), x)
+    assert torch.equal(call("repeat_steps", x[:, 0], 3).view(3, 2, 4)[2], x[:, 0])
+    assert torch.equal(call("accumulate", folded, 0.5, 3), x.sum(1) * 0.5)
+    assert torch.equal(call("qaccumulate", folded.to(torch.int16) * 1400, 3), (x.int() * 1400).sum(1, dtype=torch.int32))
+    late = call("delay_steps", folded, torch.tensor([0, 1, 2, 9], dtype=torch.int32), 3).view(3, 2, 4)
+    assert late[:, 1].T.tolist() == [[12, 16, 20], [0, 13, 17], [0, 0, 14], [0, 0, 0]]
+    pooled = call("spike_sum_pool2d", torch.ones(2, 1, 4, 4, dtype=torch.int8), [2, 2], [2, 2], [1, 1])
+    assert pooled[0, 0].tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
+
+
+def test_wrong_steps_and_rules_are_refused() -> None:
+    zero, one = torch.zeros(()), torch.ones(())
+    with pytest.raises(ValueError, match="4 time steps: a first dimension of 6"):
+        OPS.li_sequence.default(torch.zeros(6, 2), one, one, zero, zero, 1.0, 4)
+    with pytest.raises(ValueError, match="reset 'soft'"):
+        OPS.if_sequence.default(torch.zeros(6, 2), one, one, zero, zero, 1.0, 3, "soft", "ge", 1)
+    with pytest.raises(ValueError, match="tie ge above 1"):
+        OPS.if_sequence.default(torch.zeros(6, 2), one, one, zero, zero, 1.0, 3, "zero", "gt", 2)
+
+
+class Net(nn.Module):
+    """3 inputs for 4 steps, an integer layer of 2 neurons, the sum of their spikes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        integers = torch.tensor([[100, -50, 20], [5, 60, -128]], dtype=torch.int8)
+        self.enter = FrozenOp("repeat_steps", 1, {}, steps=4)
+        synapse = {"weight": integers, "weight_scale": torch.full((2,), 0.01), "bias": torch.tensor([7, -3], dtype=torch.int16)}
+        self.synapse = FrozenOp("spiking_linear", 1, synapse, spikes_max=1, weight_bits=8)
+        neuron = {"threshold": torch.tensor([150, 90]), "decay": torch.tensor([29491, NO_LEAK]), "v_init": torch.tensor([0, 0])}
+        neuron = {k: v.to(torch.int16) for k, v in neuron.items()}
+        self.neuron = FrozenOp("qlif_sequence", 1, neuron, steps=4, reset="subtract", max_spikes=1)
+        self.leave = FrozenOp("unfold_steps", 1, {}, steps=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.leave(self.neuron(self.synapse(self.enter(x))))
+        return y
+
+
+def test_programs_of_spiking_operators_describe_save_and_load(tmp_path: Any) -> None:
+    x = torch.tensor([[1, 1, 0], [0, 1, 0]], dtype=torch.int8)
+    program = freeze_module(Net(), (x,))
+    save(program, tmp_path / "frozen.pt2")
+    again = load(tmp_path / "frozen.pt2")
+    (spikes,) = again.run(x)
+    assert torch.equal(spikes, program.run(x)[0])
+    assert spikes.shape == (2, 4, 2)
+    assert spikes[0, :, 1].tolist() == [0, 1, 1, 0]  # 62 a step, no leak, threshold 90: 62, 124 - 90 = 34, 96 - 90 = 6, 68
+    synapse, neuron = again.layer("synapse"), again.layer("neuron")
+    assert (synapse.parameters, synapse.macs, synapse.weight_bytes) == (6 + 2, 4 * 2 * 3, 6 + 2 * 2 + 4 * 2)
+    assert (neuron.parameters, neuron.weight_bytes, neuron.steps, neuron.state_updates, neuron.macs) == (6, 12, 4, 8, 0)
+    assert neuron.inputs == ("synapse",)
+    table = describe(again)
+    assert (table.macs_by_bits, table.state_updates) == ({"w8a1": 24}, 8)
+    assert [row.activation_bits for row in table.rows] == [None, 16, 1, None]

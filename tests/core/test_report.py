@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from edgekit.data import Data
 from edgekit.errors import FormatError
 from edgekit.frozen import FrozenProgram, Unquantized, save
 from edgekit.parity import LayerParity, Parity
+from edgekit.profile import Profile
+from edgekit.profile import save as save_profiles
 from edgekit.report import render, write_report
 from edgekit.stages import evaluate_stage, evaluation_set, save_stage
 from edgekit.targets import onnx
@@ -232,3 +235,20 @@ def test_firmware_is_compared_by_its_weights(run: Path, tmp_path: Path) -> None:
     firmware = replace(parity.artifacts[0], artifact={**parity.artifacts[0].artifact, "memory": {"flash_weights": source // 4}})
     replace(parity, artifacts=(firmware,)).save(folder / "parity.json")
     assert "its weights 4.0× smaller than the float weights" in render(folder)
+
+
+def test_a_sustained_run_is_drawn_to_scale(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    rows = tuple({"seconds": float(i + 1), "median_microseconds": 100.0 if i < 10 else 120.0} for i in range(20))
+    hot = tuple({**row, "temperature_celsius": 50.0 + i} for i, row in enumerate(rows))
+    for name, series in (("local", rows), ("ssh://pi@pi", hot)):
+        save_profiles(folder / "profile.json", Profile(name, "onnx", "model.onnx", "", "microseconds", 110.0, 1, series=series))
+    page = dom(write_report(folder), tmp_path / "profile")
+    drawn = re.findall(r'data-series="(\w+)".*?points="([^"]*)"', page, flags=re.DOTALL)
+    assert [key for key, _ in drawn] == ["median_microseconds", "median_microseconds", "temperature_celsius"]
+    points = [tuple(map(float, point.split(","))) for point in drawn[0][1].split()]
+    assert len(points) == 20 and points[-1][0] == 632.0 and len({round(b[0] - a[0]) for a, b in pairwise(points[::5])}) == 1
+    # from 100 to 120 and 5 % around the median of 110: the axis reaches from 100 to 120, and later is slower is higher
+    assert {y for _, y in points[:10]} == {130.0} and {y for _, y in points[10:]} == {10.0}
+    assert "medians of the first and the last quarter, 100.0 and 120.0 µs" in page

@@ -1,20 +1,26 @@
 """What measuring costs, and the three runtimes side by side on the same frozen programs.
 
-    python benchmarks/devices.py [--models resnet8] [--parts overhead runtimes upload leaks] [--device ssh://pi@raspberrypi.local]
+    python benchmarks/devices.py [--models resnet8] [--parts overhead agreement runtimes upload leaks]
+        [--device ssh://pi@raspberrypi.local]
 
 * overhead: the median that a profile reports over that of a bare loop on the same runtime, in turn in one process.
+* agreement: the median of ``edgekit profile`` over that of ``litert-benchmark`` (ai-edge-litert's own program) on the same file,
+  processes in turn, pinned to the same processor. The networks are two of MLPerf Tiny made so large that a call takes over a
+  millisecond, with random weights: litert-benchmark rounds to hundredths of one.
 * runtimes: ExecuTorch, TFLite and ONNX files of one frozen program (float32, int8, and int4 where the file really stores int4),
   one thread, in turn in one process of the device. ``--device`` measures a Pi in the same form.
 * upload: a 100 MB file to a device over ssh on this machine, against scp over the same server; connecting included in both.
 * leaks: what 100 profiles in a row, local and over ssh, leave behind.
 
-upload and leaks start an sshd of their own and need openssh-server.
+upload and leaks start an sshd of their own and need openssh-server. Rows of parts that are not run stay as they were recorded.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +32,9 @@ from typing import Any
 
 import numpy as np
 import subjects
+import torch
 from subjects import Subject, log
+from torch import nn
 
 from edgekit import devices, recipe, targets
 from edgekit.compress.steps import apply
@@ -38,7 +46,8 @@ from edgekit.frozen import FrozenProgram
 from edgekit.profile import Settings
 
 FORMATS = ("executorch", "tflite", "onnx")
-PARTS = ("overhead", "runtimes", "upload", "leaks")
+PARTS = ("overhead", "agreement", "runtimes", "upload", "leaks")
+MLPERF = ("resnet8", "dscnn", "mobilenet", "autoencoder")
 MEGABYTES = 100
 
 
@@ -83,7 +92,6 @@ def bare(path: Path, target: str, sample: list[Any]) -> Callable[[], Any]:
         session = onnxruntime.InferenceSession(str(path), options)
         feed = dict(zip([i.name for i in session.get_inputs()], sample, strict=True))
         return lambda: session.run(None, feed)
-    import torch
     from executorch.extension.pybindings import portable_lib
 
     module = portable_lib._load_for_executorch(str(path))
@@ -118,6 +126,59 @@ def overhead(net: Subject, rounds: int) -> Iterator[dict[str, Any]]:
             "weight_bits": 8, "latency_us": round(median(ours) / 1e3, 3), "bare_loop_us": round(median(theirs) / 1e3, 3),
             "overhead_ratio": round(ratio, 4), "overhead_ratio_bound": 1.03, "rounds": rounds, "calls_a_round": block,
         }  # fmt: skip
+
+
+def large(name: str) -> Subject:
+    """ResNet-8 of eight times its channels (775 M multiply-accumulates) or MobileNetV1 of width 1 on 224 x 224 pixels (569 M)."""
+    sys.path.insert(0, str(subjects.ROOT / "examples" / "mlperf_tiny"))
+    from networks import Classifier, Conv, Residual, Separable
+
+    torch.manual_seed(0)
+    if name == "resnet8":
+        blocks: list[nn.Module] = [Residual(128, 128, 1), Residual(128, 256, 2), Residual(256, 512, 2)]
+        model, size = Classifier(Conv(3, 128), blocks, 512, 10), 32
+    else:
+        plan = [(32, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1), (256, 512, 2), *[(512, 512, 1)] * 5]
+        plan += [(512, 1024, 2), (1024, 1024, 1)]
+        model, size = Classifier(Conv(3, 32, stride=2), [Separable(*p) for p in plan], 1024, 1000), 224
+    x = torch.rand(8, 3, size, size)
+    return Subject(name, model.eval(), x, x, torch.zeros(len(x)))
+
+
+def agreement(rounds: int) -> Iterator[dict[str, Any]]:
+    """Our median over litert-benchmark's, round by round; each round is a process of ours and then one of theirs."""
+    theirs = str(Path(sys.executable).with_name("litert-benchmark"))
+    for name in ("resnet8", "mobilenet"):
+        net = large(name)
+        for bits in (8, 32):
+            path = subjects.WORK / f"devices-large-{name}-w{bits}.tflite"
+            program = program_of(net, bits)
+            targets.get("tflite").lower(program, path)
+            found: list[tuple[float, float]] = []
+            with contextlib.closing(devices.connect("local")) as device:
+                for _ in range(rounds):
+                    plain = Settings(num_runs=100, warmup_runs=10, per_layer=False)
+                    ours = device.profile(path, "tflite", program, plain, [net.x[:1].numpy()])
+                    found.append((ours.total / 1e3, litert_benchmark(theirs, path, ours.fingerprint["pinned"])))
+            ratios = [a / b for a, b in found]
+            yield {
+                "part": "agreement", "model": name, "variant": "float32" if bits == 32 else f"int{bits}", "target": "tflite",
+                "device": "local",
+                "latency_ms": round(median(a for a, _ in found), 3), "litert_benchmark_ms": round(median(b for _, b in found), 3),
+                "agreement_ratio": round(median(ratios), 4), "agreement_ratio_bounds": [0.95, 1.05],
+                "agreement_ratio_quartiles": [round(float(np.percentile(ratios, q)), 4) for q in (25, 75)], "rounds": rounds,
+            }  # fmt: skip
+
+
+def litert_benchmark(program: str, path: Path, pinned: list[int] | None) -> float:
+    """The median that it prints, in milliseconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        told = Path(folder) / "told.json"
+        command = [program, f"--model={path}", "--num_runs=100", "--warmup_runs=10", "--num_threads=1", f"--result_json={told}"]
+        if pinned and shutil.which("taskset"):
+            command = ["taskset", "-c", ",".join(map(str, pinned)), *command]
+        subprocess.run(command, check=True, capture_output=True)
+        return float(json.loads(told.read_text())["latency"]["median_ms"])
 
 
 def runtimes(net: Subject, spec: str, rounds: int) -> Iterator[dict[str, Any]]:
@@ -213,20 +274,22 @@ def leaks(net: Subject, calls: int) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    given = subjects.arguments(__doc__ or "", rounds=50, calls=100, parts=list(PARTS), device="local")
+    given = subjects.arguments(__doc__ or "", MLPERF, rounds=50, calls=100, parts=list(PARTS), device="local")
     nets = [subjects.subject(name, samples=8) for name in given.models]
-    rows: list[dict[str, Any]] = []
     makers: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
         "overhead": lambda: (r for net in nets for r in overhead(net, given.rounds)),
+        "agreement": lambda: agreement(max(3, given.rounds // 4)),
         "runtimes": lambda: (r for net in nets for r in runtimes(net, given.device, given.rounds)),
         "upload": lambda: upload(max(3, given.rounds // 8)),
         "leaks": lambda: leaks(nets[0], given.calls),
     }
+    rows: list[dict[str, Any]] = []
     for part in given.parts:
         for row in makers[part]():
             rows.append(row)
             log("  " + ", ".join(f"{k} {v}" for k, v in row.items()))
-    subjects.write("devices", rows)
+    whole = tuple(given.parts) == PARTS and tuple(given.models) == MLPERF and given.device == "local"
+    subjects.write("devices", rows, keep=not whole, key=("part", "model", "variant", "target", "device"))
 
 
 if __name__ == "__main__":

@@ -187,10 +187,15 @@ def devices(rows: Sequence[Row]) -> str:
         cells = [TITLES[r["model"]], r["variant"], r["runtime"], r["device"], f"{r['latency_us']:.1f}", f"{r['p90_us']:.1f}"]
         lines.append("| " + " | ".join([*cells, f"{r['over_fastest']:.2f}", f"{r['load_ms']:.1f}"]) + " |")
     lines += ["", "### What measuring and sending cost", ""]
-    for r in rows:
+    for r in sorted(rows, key=lambda r: r["part"] != "overhead"):
         if r["part"] == "overhead":
             ratio = _bounded(r["overhead_ratio"], r["overhead_ratio_bound"], "{:.3f}", least=False)
             lines.append(f"* {TITLES[r['model']]}, {r['target']}: a profile's time over a bare loop's: {ratio} (at most 1.03)")
+        elif r["part"] == "agreement":
+            low, high = r["agreement_ratio_bounds"]
+            ratio = f"{r['agreement_ratio']:.3f}" if low <= r["agreement_ratio"] <= high else f"**{r['agreement_ratio']:.3f}**"
+            both = f"{r['latency_ms']} ms by `edgekit profile`, {r['litert_benchmark_ms']} ms by `litert-benchmark` in turn"
+            lines.append(f"* {LARGE[r['model']]}, {r['variant']}: {both}, ratio {ratio} (at least {low}, at most {high})")
         elif r["part"] == "upload":
             ratio = _bounded(r["upload_ratio"], r["upload_ratio_bound"], "{:.2f}", least=False)
             lines.append(f"* {r['megabytes']} MB over ssh: {r['upload_s']} s, scp {r['scp_s']} s, ratio {ratio} (at most 1.3)")
@@ -199,6 +204,8 @@ def devices(rows: Sequence[Row]) -> str:
             lines.append(f"* {r['calls']} profiles in a row, {r['device']}: left behind {', '.join(left)}")
     return "\n".join(lines)
 
+
+LARGE = {"resnet8": "ResNet-8 of eight times its channels", "mobilenet": "MobileNetV1 of width 1, 224 x 224"}
 
 _RUNTIMES = """
 Files of one frozen program, one thread, one process, a call of each in turn; the median, and the median ratio to the fastest of

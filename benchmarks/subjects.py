@@ -32,6 +32,12 @@ RECIPES = {
     "dscnn": ("mlperf_tiny/dscnn.yaml", "mlperf_tiny/dscnn_w4a8.yaml"),
 }
 
+MORE = {
+    "mobilenet": ("mlperf_tiny/mobilenet.yaml", ""),
+    "autoencoder": ("mlperf_tiny/autoencoder.yaml", ""),
+}
+"""Networks without labels, for what is measured of a file only; "": no recipe with 4 bits, the one with 8 is taken for both."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -59,7 +65,7 @@ class Subject:
 
 def subject(name: str, seed: int = 0, samples: int | None = None) -> Subject:
     """Load a network and its samples; ``samples`` of the evaluation set, for trying a script out."""
-    settings = recipe.load(ROOT / "examples" / RECIPES[name][0])
+    settings = settings_of(name, 8)
     data = source.load_data(settings.data)
     calibration, (x, y) = data.calibration, data.evaluation
     if seed:
@@ -71,7 +77,12 @@ def subject(name: str, seed: int = 0, samples: int | None = None) -> Subject:
 @lru_cache
 def settings_of(name: str, bits: int) -> recipe.Recipe:
     """The example's recipe, read once: a file that is edited meanwhile must not change half of a run's rows."""
-    return recipe.load(ROOT / "examples" / RECIPES[name][bits == 4])
+    eight, four = (RECIPES | MORE)[name]
+    settings = recipe.load(ROOT / "examples" / (four if bits == 4 and four else eight))
+    if bits == 4 and not four:
+        blocks = [dataclasses.replace(b, settings=dataclasses.replace(b.settings, weights="int4")) for b in settings.compress]
+        return dataclasses.replace(settings, compress=tuple(blocks))
+    return settings
 
 
 def in_words(name: str, bits: int) -> str:
@@ -122,10 +133,10 @@ def write(
     write_json(path, json.loads(json.dumps(value, default=float)))
 
 
-def arguments(what: str, **more: Any) -> argparse.Namespace:
-    """Common options; ``more``: name to default value."""
+def arguments(what: str, models: Sequence[str] = tuple(RECIPES), **more: Any) -> argparse.Namespace:
+    """Common options; ``models``: what can be named and is the default; ``more``: name to default value."""
     parser = argparse.ArgumentParser(description=what)
-    parser.add_argument("--models", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--models", nargs="+", choices=list(models), default=list(models))
     for name, default in more.items():
         kind = type(default[0]) if isinstance(default, list) else (int if default is None else type(default))
         parser.add_argument(

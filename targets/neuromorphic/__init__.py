@@ -1,0 +1,1 @@
+"""Neuromorphic chips and simulators: their arithmetic in plain numpy, quantization to it, rules, dialects and figures."""

@@ -1,0 +1,91 @@
+"""Loihi's arithmetic against integer loops neuron by neuron, and against what Intel's lava recorded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import chip_nets
+import numpy as np
+import pytest
+
+from edgekit.devices import simulators
+from edgekit.devices.simulation import simulate
+from edgekit.errors import InputError
+from edgekit.targets.neuromorphic import loihi2
+from edgekit.targets.neuromorphic.loihi2 import LoihiLayer
+
+
+def left(x: int, decay: int) -> int:
+    size = abs(x) * (4096 - decay) // 4096
+    return size if x >= 0 else -size
+
+
+def loops(layer: LoihiLayer, sent: list[list[int]]) -> list[list[int]]:
+    """Spikes of a layer for one sample, a Python integer at a time; what was sent arrives one step later."""
+    raster, states = [], [(0, 0)] * len(layer.bias)
+    for row in [[0] * len(sent[0]), *sent[:-1]]:
+        fired = []
+        for neuron, (u, v) in enumerate(states):
+            a = sum(int(w) for w, s in zip(layer.weights[neuron], row, strict=True) if s)
+            a = a * 2**layer.weight_exp if layer.weight_exp >= 0 else a // 2**-layer.weight_exp
+            u = left(u, layer.du + 1) + a * 64
+            u = u - 2**24 if u > 2**23 else u + 2**24 if u <= -(2**23) else u
+            v = left(v, layer.dv) + u + int(layer.bias[neuron]) * 2**layer.bias_exp
+            v = max(1 - 2**23, min(2**23 - 1, v))
+            fired.append(int(v > layer.threshold * 64))
+            states[neuron] = (u, 0 if fired[-1] else v)
+        raster.append(fired)
+    return raster
+
+
+@pytest.mark.parametrize("case", chip_nets.LOIHI_CASES)
+def test_every_spike_is_that_of_integer_loops_and_of_the_recorded_simulator(case: str) -> None:
+    layers, spikes = chip_nets.loihi(case)
+    answer = chip_nets.recorded("lava")["cases"][case]
+    assert chip_nets.digits(spikes) == answer["input"]
+    traces = loihi2.run(layers, spikes)
+    for sample in range(spikes.shape[1]):
+        sent = spikes[:, sample].tolist() + [[0] * spikes.shape[2]] * len(layers)
+        for layer, trace in zip(layers, traces, strict=True):
+            sent = loops(layer, sent)
+            assert trace.spikes[:, sample].astype(int).tolist() == sent
+    for lag, (layer, trace) in enumerate(zip(layers, traces, strict=True), 1):
+        assert chip_nets.digits(trace.spikes) == answer["spikes"][layer.name]
+        assert trace.lag == lag and trace.aligned(20).shape == (20, 2, len(layer.bias))
+    assert (traces[0].wrapped > 0) == (case == "wrapping") and traces[-1].spikes.any()
+
+
+def test_weights_that_the_chip_would_cut_are_refused() -> None:
+    layers, _ = chip_nets.loihi("wrapping")
+    for weights, words in (
+        ([[3, -2]], "mixed weights from -2 to 3, odd ones among them"),
+        ([[300, 2]], "excitatory weights from 0 to 300"),
+        ([[-400, 0]], "inhibitory weights from -400 to 0"),
+    ):
+        with pytest.raises(InputError, match=words):
+            loihi2.sign_mode(np.array(weights))
+    assert loihi2.sign_mode(np.array([[-256, 254]])) == "mixed"
+    for change, words in (
+        ({"threshold": 1 << 17}, "threshold is 131072, 0 to 131071 allowed"),
+        ({"dv": 4096}, "dv is 4096, 0 to 4095 allowed"),
+        ({"bias": layers[0].bias + np.int16(5000)}, "a bias is 5000, -4096 to 4095 allowed"),
+        ({"bias": layers[0].bias[:2]}, r"bias \(2,\)"),
+    ):
+        with pytest.raises(InputError, match=words):
+            replace(layers[0], **change)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="zeros and ones"):
+        loihi2.run(layers, np.full((3, 1, 16), 2))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("lava" not in simulators.installed(), reason="edgekit setup-sim lava")
+def test_the_recording_is_what_lava_answers() -> None:
+    layers, spikes = chip_nets.loihi("wrapping")
+    arrays: dict[str, Any] = {"spikes": spikes[:, :1]}
+    for layer in layers:
+        arrays |= {f"weights:{layer.name}": layer.weights, f"bias:{layer.name}": layer.bias}
+    names = ("name", "du", "dv", "threshold", "weight_exp", "bias_exp")
+    found = simulate("lava", {"layers": [{name: getattr(layer, name) for name in names} for layer in layers]}, arrays)
+    for layer, trace in zip(layers, loihi2.run(layers, spikes[:, :1]), strict=True):
+        assert np.array_equal(found.spikes[layer.name], trace.spikes) and found.lag[layer.name] == trace.lag

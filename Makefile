@@ -37,6 +37,8 @@ tools:
 	command -v qemu-aarch64-static >/dev/null || packages="$$packages qemu-user-static"; \
 	command -v qemu-aarch64 >/dev/null || packages="$$packages qemu-user"; \
 	command -v gcc >/dev/null || packages="$$packages gcc libc6-dev"; \
+	command -v g++ >/dev/null || packages="$$packages g++"; \
+	command -v aarch64-linux-gnu-g++ >/dev/null || packages="$$packages g++-aarch64-linux-gnu"; \
 	[ -x /usr/sbin/sshd ] || packages="$$packages openssh-server"; \
 	command -v ssh >/dev/null || packages="$$packages openssh-client"; \
 	[ -n "$$packages" ] || exit 0; \

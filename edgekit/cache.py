@@ -19,7 +19,7 @@ from typing import Any
 
 from edgekit import environment
 from edgekit.errors import InputError
-from edgekit.files import sha256, write_json
+from edgekit.files import cache_folder, sha256, write_json
 
 __all__ = ["code_digest", "folder", "key", "put", "take"]
 
@@ -28,10 +28,7 @@ _ENTRY = "entry.json"
 
 def folder() -> Path:
     """Where the cache is."""
-    if given := os.environ.get("EDGEKIT_CACHE"):
-        return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "edgekit"
+    return cache_folder()
 
 
 def key(stage: str, inputs: Mapping[str, Any]) -> str:

@@ -14,7 +14,15 @@ from typing import Any
 
 from edgekit.errors import InputError
 
-__all__ = ["joint_sha256", "sha256", "write_json", "write_whole"]
+__all__ = ["cache_folder", "joint_sha256", "sha256", "write_json", "write_whole"]
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ``$EDGEKIT_CACHE``, else ``$XDG_CACHE_HOME/edgekit``, else ``~/.cache/edgekit``."""
+    if given := os.environ.get("EDGEKIT_CACHE"):
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "edgekit"
 
 
 def write_whole(path: Path, data: bytes | str) -> None:

@@ -1,4 +1,4 @@
-"""The C library of 1-bit layers (``binary/binary.h``): compiled on first use, kept in the cache by the hash of all that decides it.
+"""The C library of 1-bit layers (``binary/binary.h``): compiled on first use, kept in the cache by the hash of what decides it.
 
 One library holds every variant of the processor's family (x86-64: AVX-512 with VPOPCNTDQ, AVX2, POPCNT, portable C; aarch64:
 NEON, portable C) and chooses at run time; the environment variable ``EDGEKIT_BINARY_ISA`` forces one, for tests and measurements.

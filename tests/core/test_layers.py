@@ -9,7 +9,7 @@ import pytest
 from core.sources import ROOT, imports, imports_at_import, modules
 
 MODULES = modules()
-BASE = ("edgekit.errors", "edgekit.files", "edgekit.artifact", "edgekit.data", "edgekit.frozen")
+BASE = ("edgekit.errors", "edgekit.files", "edgekit.artifact", "edgekit.data", "edgekit.frozen", "edgekit.nir")
 MAY_IMPORT = {
     "edgekit.compress": (*BASE, "edgekit.compress"),
     "edgekit.firmware_sim": (*BASE, "edgekit.firmware_sim"),
@@ -19,8 +19,8 @@ MAY_IMPORT = {
 """What each layer may import of edgekit; a module named in none may import everything."""
 
 LAZY = {
-    "accelerate", "ai_edge_litert", "ai_edge_quantizer", "brevitas", "brevitas_examples", "executorch", "litert_torch", "onnx",
-    "onnxruntime", "onnxscript", "plotly", "sklearn", "torchao",
+    "accelerate", "ai_edge_litert", "ai_edge_quantizer", "brevitas", "brevitas_examples", "executorch", "h5py", "litert_torch", "nir",
+    "onnx", "onnxruntime", "onnxscript", "plotly", "sklearn", "torchao",
 }  # fmt: skip
 
 

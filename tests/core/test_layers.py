@@ -19,8 +19,8 @@ MAY_IMPORT = {
 """What each layer may import of edgekit; a module named in none may import everything."""
 
 LAZY = {
-    "accelerate", "ai_edge_litert", "ai_edge_quantizer", "brevitas", "brevitas_examples", "executorch", "h5py", "litert_torch", "nir",
-    "onnx", "onnxruntime", "onnxscript", "plotly", "sklearn", "torchao",
+    "accelerate", "ai_edge_litert", "ai_edge_quantizer", "brevitas", "brevitas_examples", "executorch", "h5py", "litert_torch",
+    "nir", "onnx", "onnxruntime", "onnxscript", "plotly", "sklearn", "torchao",
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import fx, nn
 
@@ -23,6 +23,9 @@ from edgekit.compress.ptq.units import find_units
 from edgekit.data import Data, sample_inputs
 from edgekit.errors import InputError
 from edgekit.frozen import FrozenProgram
+
+if TYPE_CHECKING:
+    from edgekit.compress.spiking.unroll import SpikingNet
 
 __all__ = ["Compressed", "apply"]
 
@@ -51,11 +54,15 @@ class Compressed:
 
 @dataclass(frozen=True)
 class _State:
-    """The model between two blocks; ``plan`` is None until it is quantized, ``original`` the last graph that lost nothing."""
+    """The model between two blocks; ``plan`` is None until it is quantized, ``original`` the last graph that lost nothing.
+
+    ``spiking``: the network over time that ends a recipe with a ``spiking`` block.
+    """
 
     original: Graph
     graph: Graph
     plan: Plan | None = None
+    spiking: SpikingNet | None = None
     passes: tuple[dict[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()
     folder: Path | None = None
@@ -87,7 +94,11 @@ def apply(
     graph = capture(model, sample_inputs(model, data))
     state = _State(graph, graph, folder=folder)
     for block in blocks:
+        if state.spiking is not None:
+            raise InputError(f"compress: `{block.kind}` stands after `spiking`, which ends the network; put it before")
         state = _STEPS[block.kind](state, block, data, progress)
+    if state.spiking is not None:
+        return _spiking_program(state, graph, name)
     plan = state.plan or _float_plan(state.graph)
     program = freeze(state.graph, plan, name)
     record = {
@@ -146,12 +157,36 @@ def _repair(state: _State, block: _Block, data: Data, progress: Progress | None)
     return replace(state, plan=plan, passes=(*state.passes, entry), warnings=(*state.warnings, *record.warnings))
 
 
+def _spiking(state: _State, block: _Block, data: Data, progress: Progress | None) -> _State:
+    from edgekit.compress.spiking.step import spiking
+
+    if state.plan is not None:
+        raise InputError("compress: `spiking` works on the float model; leave ptq and qat out")
+    net, record, warnings = spiking(state.graph, block.settings, data, progress)
+    entry = {"kind": block.kind, "settings": asdict(block.settings), **record}
+    return replace(state, spiking=net, passes=(*state.passes, entry), warnings=(*state.warnings, *warnings))
+
+
+def _spiking_program(state: _State, captured: Graph, name: str) -> Compressed:
+    from edgekit.compress.spiking.freeze import freeze_spiking
+
+    assert state.spiking is not None
+    program = freeze_spiking(state.spiking, name)
+    record = {
+        "passes": list(state.passes),
+        "unquantized": [[u.layer, u.op, u.reason] for u in program.unquantized],
+        "warnings": [*_never_run(captured), *state.warnings],
+    }
+    return Compressed(program, state.spiking.module, record)
+
+
 _STEPS: dict[str, Callable[[_State, _Block, Data, Progress | None], _State]] = {
     "rewrite": partial(_in_float, _rewrite, exact=True),
     "lowrank": partial(_in_float, _lowrank),
     "repair": _repair,
     "ptq": _ptq,
     "qat": partial(_quantizing, train),
+    "spiking": _spiking,
 }
 """Block to what it does to the state; float passes are imported when they are used."""
 

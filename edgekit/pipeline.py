@@ -282,7 +282,7 @@ def _all(
     _compress(stages, settings, loaded)
     write_whole(stages.folder / "recipe.yaml", recipe.dump(settings, out))
     write_json(stages.folder / "env.json", environment.describe())
-    if not whole or not settings.targets:
+    if not whole:
         return None, ()
     for target in settings.targets:
         _lower(stages, target)
@@ -492,7 +492,7 @@ def _verified(stages: Stages, settings: Recipe, loaded: Loaded, on: Sequence[tup
     files = {name: sha256(p) for name, p in found if name.startswith(("frozen.", "model.", "stage_"))}
 
     def make() -> list[str]:
-        _verify(stages, settings, loaded.data, None, on)
+        _verify(stages, settings, loaded.data, None if settings.targets else (), on)
         return ["parity.json"]
 
     if on:

@@ -21,6 +21,7 @@ from edgekit.compress.lowrank.settings import LowRank
 from edgekit.compress.ptq.settings import PTQ, QAT
 from edgekit.compress.repair.settings import Repair
 from edgekit.compress.rewrite.settings import Rewrite
+from edgekit.compress.spiking.settings import Spiking
 from edgekit.errors import RecipeError
 from edgekit.validation import Reader, closest, shown
 
@@ -42,7 +43,7 @@ __all__ = [
 
 _FORBID = ConfigDict(extra="forbid")
 
-Settings = Rewrite | LowRank | Repair | PTQ | QAT
+Settings = Rewrite | LowRank | Repair | PTQ | QAT | Spiking
 
 SETTINGS: dict[str, type[Settings]] = {
     "rewrite": Rewrite,
@@ -50,6 +51,7 @@ SETTINGS: dict[str, type[Settings]] = {
     "repair": Repair,
     "ptq": PTQ,
     "qat": QAT,
+    "spiking": Spiking,
 }
 """Compression block to its settings class."""
 
@@ -91,7 +93,7 @@ class Verify:
 class Block:
     """One step of compression: a key of :data:`SETTINGS` and its settings."""
 
-    kind: Literal["rewrite", "lowrank", "repair", "ptq", "qat"]
+    kind: Literal["rewrite", "lowrank", "repair", "ptq", "qat", "spiking"]
     settings: Settings
 
 

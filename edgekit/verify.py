@@ -62,7 +62,7 @@ def verify_run(
 
     Args:
         data: the recipe's data; without it the few samples stored with the float stage are used, and without these random inputs.
-        targets: which targets to check here; None: every one whose file is there.
+        targets: which targets to check here; None: every one whose file is there; none at all: the program alone is judged.
         on: what to check on devices: (device, target).
 
     Raises:
@@ -245,7 +245,7 @@ def _jobs(folder: Path, targets: Sequence[str] | None, on: Sequence[tuple[Any, s
             raise InputError(f"{folder}: no model{get(name).SUFFIX}; make it with `edgekit export {folder} --target {name}`")
         if name in here and hasattr(get(name), "home"):
             home.add((name, get(name).home(path)))
-    if not jobs:
+    if not jobs and targets is None:
         raise InputError(f"{folder}: no model file to verify; make one with `edgekit export {folder} --target NAME`")
     return [(name, job) for name, job in jobs if isinstance(job, str) or (name, job.device.name) not in home]
 

@@ -1,0 +1,132 @@
+"""Dynamic Confidence: each sample stops at the first step whose confidence exceeds a threshold.
+
+Li, Jones and Furber, "Unleashing the Potential of Spiking Neural Networks with Dynamic Confidence", ICCV 2023. The confidence of
+a step is ``max softmax(A / tau)``, A the sum of the outputs so far: evidence grows with time. Temperature and threshold are
+chosen on samples apart from those it is judged on, by exact replay of recorded outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgekit.compress.capture import Graph
+from edgekit.compress.spiking.judge import Judge, for_choice, split_training
+from edgekit.compress.spiking.measure import course
+from edgekit.compress.spiking.settings import Spiking
+from edgekit.compress.spiking.unroll import SpikingNet
+from edgekit.data import Data
+
+__all__ = ["Exit", "Point", "choose_exit", "choose_threshold", "confidences", "front", "replay", "temperature_of"]
+
+NEVER = 1.01
+"""A threshold that no confidence exceeds."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """When a sample stops: the first step with ``max softmax(sum of outputs / temperature) > threshold``, else the last."""
+
+    temperature: float
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a threshold gives: mean steps and score."""
+
+    threshold: float
+    steps: float
+    score: float
+
+
+def confidences(sums: Tensor, temperature: float) -> Tensor:
+    """(T, N) of sums of outputs up to each step (T, N, classes)."""
+    return torch.softmax(sums / temperature, -1).amax(-1)
+
+
+def replay(sums: Tensor, rule: Exit) -> tuple[Tensor, Tensor]:
+    """Step at which each sample stops (N,), from 1, and the outputs it answers with (N, classes)."""
+    steps = len(sums)
+    over = confidences(sums, rule.temperature) > rule.threshold
+    at = torch.where(over.any(0), over.to(torch.uint8).argmax(0), steps - 1)
+    return at + 1, sums[at, torch.arange(sums.shape[1])]
+
+
+def temperature_of(sums: Tensor, labels: Tensor) -> float:
+    """The temperature with the least negative log-likelihood of the labels, over all steps."""
+    grid = torch.logspace(-2, 2.5, 91)
+    losses = [
+        float(-torch.log_softmax(sums / t, -1).gather(-1, labels.long().expand(len(sums), -1).unsqueeze(-1)).mean()) for t in grid
+    ]
+    return float(grid[int(torch.tensor(losses).argmin())])
+
+
+def front(sums: Tensor, score: Callable[[Tensor], float], temperature: float) -> list[Point]:
+    """The points that no other beats in both steps and score, by rising steps; the last never stops early."""
+    seen = confidences(sums, temperature)
+    grid = [
+        *torch.quantile(seen.flatten().double()[:: max(1, seen.numel() // 100_000)], torch.linspace(0, 1, 200).double()).tolist()
+    ]
+    tried = []
+    for threshold in [*(i / 100 for i in range(30, 100)), *grid, NEVER]:
+        steps, outputs = replay(sums, Exit(temperature, threshold))
+        tried.append(Point(threshold, float(steps.double().mean()), score(outputs)))
+    kept: list[Point] = []
+    for point in sorted(tried, key=lambda p: (p.steps, -p.score)):
+        if not kept or point.score > kept[-1].score:
+            kept.append(point)
+    last = next(p for p in tried if p.threshold == NEVER)
+    return kept if last in kept else [*kept, last]
+
+
+def choose_threshold(points: list[Point], max_drop: float) -> Point:
+    """The fewest mean steps whose score is within ``max_drop`` of never stopping early."""
+    last = next(p for p in points if p.threshold == NEVER)
+    return min((p for p in points if p.score >= last.score - max_drop), key=lambda p: (p.steps, -p.score))
+
+
+def choose_exit(
+    net: SpikingNet, graph: Graph, settings: Spiking, data: Data, judge: Judge
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The front on samples to choose by, as a table, and what the chosen threshold gives on those to report on."""
+    how = settings.early_exit
+    assert how is not None
+    _, held = split_training(data, settings.seed)
+    choosing = for_choice(graph, data, held, how.samples, settings.batch_size)
+    sums = _sums(net, choosing)
+    assert choosing.labels is not None and judge.labels is not None
+    temperature = temperature_of(sums, choosing.labels)
+    points = front(sums, choosing.score, temperature)
+    chosen = choose_threshold(points, how.max_drop)
+    rule = Exit(temperature, chosen.threshold)
+    tested = _sums(net, judge)
+    steps, outputs = replay(tested, rule)
+    table = [
+        {"threshold": round(p.threshold, 4), "mean steps": round(p.steps, 3), choosing.what: round(p.score, 3)} for p in points
+    ]
+    by_size = steps.double().sort().values
+    return table, {
+        **asdict(rule), "chosen on": choosing.what, "judged by": judge.what,
+        "mean steps": round(float(steps.double().mean()), 3), "steps at most": net.steps,
+        "steps p50": int(by_size[len(by_size) // 2]), "steps p95": int(by_size[int(0.95 * (len(by_size) - 1))]),
+        "fewer steps %": round(100 * (1 - float(steps.double().mean()) / net.steps), 2),
+        "score": round(judge.score(outputs), 3), "score of all steps": round(judge.score(tested[-1]), 3),
+        "oracle mean steps": round(_oracle(tested, judge.labels), 3),
+    }  # fmt: skip
+
+
+def _oracle(sums: Tensor, labels: Tensor) -> float:
+    """Mean of the first step with the right answer, T where there is none: what no rule can beat."""
+    right = sums.argmax(-1) == labels
+    first = torch.where(right.any(0), right.to(torch.uint8).argmax(0) + 1, len(sums))
+    return float(first.double().mean())
+
+
+def _sums(net: SpikingNet, judge: Judge) -> Tensor:
+    means = course(net, judge.batches).outputs
+    return means * torch.arange(1, len(means) + 1).view(-1, *[1] * (means.dim() - 1))

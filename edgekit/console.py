@@ -109,7 +109,10 @@ def print_outcome(outcome: Outcome) -> None:
     _print(sys.stdout, "[dim]", took)
     if outcome.parity is not None and outcome.ok:
         checked = "every file that was checked" if outcome.parity.unchecked else "every file"
-        _print(sys.stdout, "[bold green]", f"{checked} computes what the frozen program computes")
+        if outcome.parity.artifacts:
+            _print(sys.stdout, "[bold green]", f"{checked} computes what the frozen program computes")
+        else:
+            _print(sys.stdout, "", "the recipe has no targets: the frozen program was judged, no file was made")
 
 
 def print_profile(found: Profile, *, again: bool = False) -> None:

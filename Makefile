@@ -41,6 +41,7 @@ tools:
 	command -v aarch64-linux-gnu-g++ >/dev/null || packages="$$packages g++-aarch64-linux-gnu"; \
 	[ -x /usr/sbin/sshd ] || packages="$$packages openssh-server"; \
 	command -v ssh >/dev/null || packages="$$packages openssh-client"; \
+	command -v systemd-analyze >/dev/null || packages="$$packages systemd"; \
 	[ -n "$$packages" ] || exit 0; \
 	as_root=""; [ "$$(id -u)" = 0 ] || as_root="sudo -n"; \
 	echo "installing $$packages"; \

@@ -326,7 +326,8 @@ def _service(request: dict[str, Any], home: str) -> str:
     if request.get("unit"):
         os.makedirs(folder, exist_ok=True)
         with open(path + ".new", "w") as file:
-            file.write(request["unit"].replace("@HOME@", _quoted(home)).replace("@PYTHON@", _quoted(sys.executable)))
+            program = _quoted(sys.executable).replace("$$", "$")  # systemd puts no variables into the name of the program
+            file.write(request["unit"].replace("@HOME@", _quoted(home)).replace("@PYTHON@", program))
         os.replace(path + ".new", path)
         commands = [["daemon-reload"], ["enable", unit], ["restart", unit]]
     elif not os.path.exists(path):

@@ -7,7 +7,7 @@ index, every wheel by the one in :data:`WHEELS`, every unpacked file by a manife
 is, so an interrupted set-up goes on where it was, and a damaged one is repaired by doing it again.
 
 Layout: ``<cache>/arm64/{base,sites/<package>}``, each part with ``part.json`` (what it was made of, and the SHA-256 of each
-file), and ``roots/<cpu>``, what the emulator sees as ``/`` (links into ``base`` and the CPU's own ``/proc/cpuinfo``).
+file), ``roots/<cpu>``, what the emulator sees as ``/`` (links into ``base`` and the CPU's own ``/proc/cpuinfo``), and ``bytecode``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from edgekit.devices.arm64_cpu import CPUS, write_system_files
 from edgekit.errors import FormatError, InputError, MissingTool
 from edgekit.files import sha256
 
-__all__ = ["PACKAGES", "RUNTIMES", "WHEELS", "Wheel", "folder", "installed", "python", "python_path", "root", "setup"]
+__all__ = ["PACKAGES", "RUNTIMES", "WHEELS", "Wheel", "bytecode", "folder", "installed", "python", "python_path", "root", "setup"]
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, parts done, parts in all)."""
@@ -97,6 +97,11 @@ def python(cpu: str) -> Path:
     return root(cpu) / "usr" / "bin" / "python3.11"
 
 
+def bytecode() -> Path:
+    """Where that Python keeps compiled modules; it fills by itself and may be deleted."""
+    return folder() / "bytecode"
+
+
 def python_path() -> str:
     """PYTHONPATH of all that is installed."""
     return os.pathsep.join(dict.fromkeys(str(_site(wheel)) for name in installed() for wheel in RUNTIMES[name]))
@@ -138,6 +143,8 @@ def setup(
             done[name] = _part(path, make)
             if progress is not None:
                 progress(name, 1, 1)
+        if any(word != "kept" for word in done.values()):
+            shutil.rmtree(bytecode(), ignore_errors=True)
         for cpu in CPUS:
             write_system_files(root(cpu), cpu, folder() / "base")
     size = sum(p.stat().st_size for p in folder().rglob("*") if p.is_file() and not p.is_symlink())

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -26,6 +27,7 @@ from edgekit import deploy as deployments
 from edgekit import frozen, pipeline, runfolder
 from edgekit.cli import app
 from edgekit.deploy import deploy, rollback
+from edgekit.devices import agent
 from edgekit.errors import DeviceError, FormatError, InputError, ParityError
 from edgekit.files import sha256
 from edgekit.targets import get
@@ -148,6 +150,29 @@ def test_a_connection_lost_while_sending_changes_nothing(
     subprocess.run(["rm", "-rf", str(server.home / ".cache")], check=True)  # the part that would be continued
 
 
+@pytest.mark.parametrize("folder", ["plain", "a b %h $HOME"])
+def test_systemd_takes_the_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    """Written by the agent for such a home and Python; systemd-analyze also checks that the program of ExecStart is there."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.fail("systemd-analyze is not installed; `make test` installs it, or: apt-get install systemd")
+    home, python = tmp_path / folder, tmp_path / folder / "python"
+    home.mkdir()
+    python.write_text("#!/bin/sh\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    verify = [str(shutil.which("systemd-analyze")), "--user", "verify", str(tmp_path / "config/systemd/user/edgekit-tiny.service")]
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        said = agent._service({"name": "tiny", "unit": deployments.UNIT.format(name="tiny")}, str(home))
+    assert "is in place, but systemctl cannot be run" in said
+    done = subprocess.run(verify, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")  # what it does not know is a warning there, with exit code 0
+    python.unlink()
+    assert "is not executable" in subprocess.run(verify, capture_output=True, text=True).stderr
+
+
 def test_the_service_answers_what_the_frozen_program_says(server: Server, runs: list[Path]) -> None:
     systemctl = server.folder / "systemctl"
     systemctl.write_text(f'#!/bin/sh\necho "$@" >> {server.folder}/calls\n')
@@ -157,7 +182,7 @@ def test_the_service_answers_what_the_frozen_program_says(server: Server, runs: 
     calls = (server.folder / "calls").read_text().splitlines()
     assert calls == ["--user daemon-reload", "--user enable edgekit-tiny.service", "--user restart edgekit-tiny.service"]
     unit = (server.home / ".config/systemd/user/edgekit-tiny.service").read_text()
-    assert f'ExecStart="{sys.executable}" "{home(server)}/current/service.py"' in unit or "current/service.py" in unit
+    assert unit.splitlines()[4].startswith('ExecStart="/') and unit.splitlines()[4].endswith(f'" "{home(server)}/current/service.py"')
 
     command = [sys.executable, str(home(server) / "current" / "service.py"), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

@@ -45,6 +45,10 @@ class Server:
         master = int((self.folder / "sshd.pid").read_text())
         return len([pid for pid in _processes() if _parent(pid) == master])
 
+    def logins(self) -> int:
+        """Connections that were let in so far."""
+        return (self.folder / "sshd.log").read_text(errors="replace").count("Accepted publickey")
+
     def cut(self) -> None:
         """End this half of every connection, as a cable pulled or a reboot would."""
         for pid in descendants(int((self.folder / "sshd.pid").read_text())):

@@ -59,6 +59,7 @@ def connection(server: Server) -> Connection:
 
 def test_it_gives_what_the_targets_own_run_gives(server: Server, path: Path, program: FrozenProgram) -> None:
     (server.home / ".bashrc").write_text("echo a shell that talks; printf 'and does not end its line'")
+    before = server.logins()
     device, seen, target = devices.connect(server.spec), [], get("onnx")
     assert device.name == server.spec and "onnx" in device.targets
     (found,) = device.run(path, "onnx", [X], lambda done, total: seen.append((done, total)))
@@ -67,6 +68,7 @@ def test_it_gives_what_the_targets_own_run_gives(server: Server, path: Path, pro
     assert taps.keys() == wanted.keys() and all(np.array_equal(taps[k], wanted[k]) for k in wanted)
     profile = device.profile(path, "onnx", program, Settings(num_runs=25), [X])
     assert profile.device == server.spec and profile.figures["timed_runs"] == 25
+    assert server.logins() == before + 1 and server.sessions() == 1  # one connection for all of it
     device.close()
     device.close()
     (server.home / ".bashrc").unlink()

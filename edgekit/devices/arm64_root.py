@@ -7,7 +7,8 @@ index, every wheel by the one in :data:`WHEELS`, every unpacked file by a manife
 is, so an interrupted set-up goes on where it was, and a damaged one is repaired by doing it again.
 
 Layout: ``<cache>/arm64/{base,sites/<package>}``, each part with ``part.json`` (what it was made of, and the SHA-256 of each
-file), ``roots/<cpu>``, what the emulator sees as ``/`` (links into ``base`` and the CPU's own ``/proc/cpuinfo``), and ``bytecode``.
+file), ``roots/<cpu>``, what the emulator sees as ``/`` (links into ``base`` and the CPU's own ``/proc/cpuinfo``), and
+``bytecode``.
 """
 
 from __future__ import annotations

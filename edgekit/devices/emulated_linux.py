@@ -128,7 +128,8 @@ def environment() -> dict[str, str]:
     """
     return {
         "PATH": "/usr/bin:/bin", "HOME": "/nonexistent", "LANG": "C.UTF-8", "EDGEKIT_EMULATED": "1", "OMP_NUM_THREADS": "1",
-        "PYTHONPYCACHEPREFIX": str(arm64_root.bytecode()), "PYTHONNOUSERSITE": "1", "PYTHONHASHSEED": "0", "PYTHONPATH": arm64_root.python_path(),
+        "PYTHONPYCACHEPREFIX": str(arm64_root.bytecode()), "PYTHONNOUSERSITE": "1", "PYTHONHASHSEED": "0",
+        "PYTHONPATH": arm64_root.python_path(),
     }  # fmt: skip
 
 

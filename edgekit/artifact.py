@@ -28,9 +28,9 @@ class Coverage:
     Attributes:
         layer: frozen layer's name, or the file's own op name for an op the program does not have.
         op: operator in the file, such as CONV_2D, QLinearConv, XNNConv2d.
-        runs: "delegated", "int8", "int16" or "float".
+        runs: "delegated", "int8", "int16", "float", or "binary" (1-bit kernels of edgekit's own).
         macs: multiply-accumulates for one sample.
-        storage: how the weights are stored: "int8", "int4", "int2", "float32"; "" without weights.
+        storage: how the weights are stored: "int8", "int4", "int2", "int1", "float32"; "" without weights.
         note: why, where it is not what was asked for.
     """
 

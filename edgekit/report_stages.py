@@ -12,7 +12,7 @@ from edgekit.shortfalls import in_float, integer_layers_in_float, remedy
 
 __all__ = ["RUNS", "charts", "columns", "count", "coverage", "fixed", "islands", "layers", "lsb", "size", "stage"]
 
-RUNS = ("delegated", "int8", "int16", "float")
+RUNS = ("delegated", "binary", "int8", "int16", "float")
 _STAGE_COLUMNS = (
     # field, heading, how, what it is
     ("metric", "", "measured", "task metric on the evaluation samples"),

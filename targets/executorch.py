@@ -29,6 +29,7 @@ from edgekit.errors import FormatError, InputError, ParityError, UnsupportedErro
 from edgekit.files import write_whole
 from edgekit.frozen import FrozenProgram
 from edgekit.targets import preflight
+from edgekit.targets.executorch_binary import load_kernels, needs_kernels
 from edgekit.targets.executorch_rules import ATEN_RULES, portable_style, xnnpack_style
 from edgekit.targets.pte_compare import compare, coverage, float_constants, io_quantization
 from edgekit.targets.pte_file import PteFile, read_pte
@@ -264,6 +265,9 @@ def _execute(
     with _quiet(), _silent_stderr():
         import executorch.kernels.quantized  # noqa: F401  kernels of what is not delegated
         from executorch.extension.pybindings import portable_lib
+
+        if needs_kernels(program):
+            load_kernels(portable_lib)
 
         try:
             module = portable_lib._load_for_executorch_from_buffer(program)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from edgekit.frozen.ops import LUT_FUNCTIONS
+from edgekit.targets.executorch_binary import RULES as BINARY_RULES
 from edgekit.targets.qdq import Style
 
 __all__ = ["ATEN_RULES", "portable_style", "xnnpack_style"]
@@ -30,7 +31,7 @@ _LARGEST_CONCAT = 5
 
 def portable_style() -> Style:
     """Portable kernels: int8 weights are stored, and every layer computes in float."""
-    return Style(integer_weights=True)
+    return Style(integer_weights=True, rules=BINARY_RULES)
 
 
 def xnnpack_style() -> Style:
@@ -119,7 +120,8 @@ def xnnpack_style() -> Style:
         return q(y, s, z)
 
     rules: dict[str, Callable[..., Tensor]] = {
-        "qlinear": linear, "qlut": lut, "qadd": add, "qmul": mul, "qavg_pool2d": avg_pool, "qconcat": concat, "qslice": slice_
+        "qlinear": linear, "qlut": lut, "qadd": add, "qmul": mul, "qavg_pool2d": avg_pool, "qconcat": concat, "qslice": slice_,
+        **BINARY_RULES,
     }  # fmt: skip
     return Style(rules=rules)
 

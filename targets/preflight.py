@@ -186,7 +186,7 @@ def _layer(layer: Layer, target: str, source: str) -> Iterator[Problem]:
     if bits - ({8, 16} if target == "tflite" else {8}):
         remedy = "set activations: int8; the target tflite takes int16"
         yield Problem(layer.name, layer.op, source, f"its activations have {max(bits)} bits, {target} takes 8", remedy)
-    if layer.op in BINARY_OPS:
+    if layer.op in BINARY_OPS and target != "executorch":
         remedy = "drop this target, or the recipe's `binary` step"
         yield Problem(layer.name, layer.op, source, f"{target} does not take the 1-bit operator {layer.op}", remedy)
     elif target == "onnx":

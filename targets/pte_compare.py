@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
 from edgekit.artifact import Coverage, Mismatch
 from edgekit.frozen import FrozenProgram, Layer
+from edgekit.frozen.ops import activation_bounds
+from edgekit.targets.executorch_binary import KERNELS
 from edgekit.targets.float_constants import Stored, compare_floats
 from edgekit.targets.float_rows import float_rows
 from edgekit.targets.pte_file import FileOp, FileTensor, PteFile
-from edgekit.targets.pte_layers import FloatWeight, Placed, Placement, constant_of, stored_weight
+from edgekit.targets.pte_layers import FloatWeight, Placed, Placement, constant_of, kernel_arguments, stored_weight
 
 __all__ = ["compare", "coverage", "float_constants", "io_quantization"]
 
@@ -30,7 +33,9 @@ def compare(file: PteFile, program: FrozenProgram, placement: Placement) -> list
             found.append(Mismatch(layer.name, "operator", "missing", layer.op))
             continue
         found += _output(file, placed)
-        if "weight" in layer.args:
+        if layer.op in KERNELS:
+            found += _binary(file, placed)
+        elif "weight" in layer.args:
             found += _weighted(file, placed, producers)
         elif layer.op == "qslice":
             found += _identity(file, placed)
@@ -120,6 +125,31 @@ def _weighted(file: PteFile, placed: Placed, producers: Mapping[int, FileOp]) ->
     yield from _geometry(layer, op)
 
 
+def _binary(file: PteFile, placed: Placed) -> Iterator[Mismatch]:
+    """Constants and other arguments of edgekit's own kernel."""
+    layer, op = placed.layer, placed.ops[0]
+    names = [n for n in ("weight", "weight_scale", "bias", "threshold") if n in layer.args]
+    names.sort(key=list(layer.args).index)
+    constants = [file.tensors[n] for n in op.inputs if file.tensors[n].data is not None]
+    for name, tensor in zip_longest(names, constants):
+        if name is None or tensor is None:
+            yield Mismatch(layer.name, "constants", f"{len(constants)} in number", f"{len(names)}")
+            return
+        stored, wanted = stored_weight(op, tensor) if name == "weight" else tensor.data, layer.args[name].numpy()
+        if isinstance(stored, FloatWeight) or stored is None or stored.dtype != wanted.dtype:
+            yield Mismatch(layer.name, f"{name} type", tensor.dtype, str(wanted.dtype))
+        else:
+            yield from _different(layer, name, stored, wanted)
+    wanted_arguments = dict(layer.args)
+    if "out_zp" in layer.args:
+        bounds = activation_bounds(layer.args.get("activation", "none"), layer.args["out_scale"], layer.args["out_zp"])
+        wanted_arguments |= dict(zip(("low", "high"), bounds, strict=True))
+    for name, value in kernel_arguments(op).items():
+        expected = tuple(wanted_arguments[name]) if isinstance(value, tuple) else wanted_arguments[name]
+        if value != expected:
+            yield Mismatch(layer.name, name, str(value), str(expected))
+
+
 def _same_bias(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """The file's bias, with the expected value where they agree to float32.
 
@@ -203,6 +233,8 @@ def _constants(file: PteFile, op: FileOp, producers: Mapping[int, FileOp]) -> tu
 
 def _row(file: PteFile, placed: Placed, producers: Mapping[int, FileOp]) -> Coverage:
     layer, ops = placed.layer, placed.ops
+    if layer.op in KERNELS and ops:
+        return Coverage(layer.name, ops[0].kind, "binary", layer.macs, "int1" if "weight" in layer.args else "")
     kinds = "+".join(dict.fromkeys(op.kind for op in ops)) or "none"
     inside = all(op.delegate >= 0 for op in ops) if ops else bool(file.delegates)
     types = {file.tensors[n].dtype for op in ops for n in (*op.inputs, *op.outputs) if n in file.tensors}

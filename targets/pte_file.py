@@ -190,7 +190,7 @@ class _Parser:
         # out variants: the last argument is the result, and executorch names it once more as the returned value
         outputs = tuple(dict.fromkeys(_tensor_ids(values, arguments[-1])))
         inputs = tuple(dict.fromkeys(t for t in found if t not in outputs))
-        scalars = {str(i): _scalar(values[a]["val"]) for i, a in enumerate(arguments)}
+        scalars = {str(i): _scalar(values[a]["val"], values) for i, a in enumerate(arguments)}
         self.ops.append(FileOp(name, inputs, outputs, arguments=scalars))
         self.quantize_params(name, inputs, outputs, scalars)
 
@@ -286,7 +286,9 @@ def _tensor_ids(values: list[Table], number: int) -> Iterator[int]:
         yield from (int(i) for i in value["items"] if i >= 0)
 
 
-def _scalar(value: Table | None) -> Any:
+def _scalar(value: Table | None, values: list[Table]) -> Any:
+    if value is not None and value.kind == "IntList":  # numbers of values, since these may be known at run time only
+        return tuple(_scalar(values[int(i)]["val"], values) for i in value["items"])
     if value is None or value.kind in ("Null", "Tensor", "TensorList", "OptionalTensorList"):
         return None
     return next(iter(value.fields.values()), None)

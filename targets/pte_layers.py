@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from edgekit.frozen import FrozenProgram, Layer
+from edgekit.targets.executorch_binary import KERNELS, NAMESPACE, unpack
 from edgekit.targets.pte_file import FileOp, FileTensor, PteFile
 
-__all__ = ["FloatWeight", "Placed", "Placement", "constant_of", "place", "stored_weight"]
+__all__ = ["FloatWeight", "Placed", "Placement", "constant_of", "kernel_arguments", "place", "stored_weight"]
 
 _SAME = {
     "Link", "XNNCopy", "aten::clone", "aten::alias_copy", "dim_order_ops::_to_dim_order_copy", "dim_order_ops::_clone_dim_order",
@@ -37,6 +39,7 @@ _MAIN: Mapping[str, set[str]] = {
     "qmax_pool2d": {"XNNMaxPooling2d", "aten::max_pool2d_with_indices", "aten::max_pool2d"},
     "qconcat": _CAT,
     "qpad": _PAD,
+    **{name: {f"{NAMESPACE}::{name}"} for name in KERNELS},
 }
 """The operator that does the layer's work, by what file formats call it."""
 
@@ -61,7 +64,7 @@ _ABSORBED: Mapping[str, set[str]] = {
 
 @dataclass(frozen=True)
 class Placed:
-    """A layer in the file: its operators, and every int8 tensor that is its output (in the layouts the file keeps of it).
+    """A layer in the file: its operators, and every int8 (or packed) tensor that is its output, in the layouts the file keeps.
 
     ``source`` are the tensors it reads where they are known. ``found`` is False where the file has no operator for it.
     """
@@ -108,8 +111,16 @@ def constant_of(file: PteFile, number: int, producers: Mapping[int, FileOp]) -> 
     return constant_of(file, op.inputs[0], producers) if op.kind in _SAME | _PERMUTE and op.inputs else None
 
 
+def kernel_arguments(op: FileOp) -> dict[str, Any]:
+    """Arguments of one of edgekit's own kernels that are no tensors, by name."""
+    names = [word.split()[1] for word in KERNELS[op.kind.partition("::")[2]].split(", ")]
+    return {n: op.arguments[str(i)] for i, n in enumerate(names) if op.arguments.get(str(i)) is not None}
+
+
 def stored_weight(op: FileOp, tensor: FileTensor) -> np.ndarray | FloatWeight:
-    """A weight's integers in PyTorch's layout (OIHW or (out, in)), from the file's channel-last one."""
+    """A weight's integers in PyTorch's layout (OIHW or (out, in)), from the file's channel-last one; packed signs as they are."""
+    if op.kind.startswith(NAMESPACE) and tensor.dtype == "uint8" and tensor.data is not None:
+        return unpack(tensor.data, kernel_arguments(op).get("groups", 1))
     if tensor.dtype not in ("int8", "int4") or tensor.data is None:
         return FloatWeight(tensor.dtype)
     if op.kind == "XNNConv2d":
@@ -152,7 +163,7 @@ class _Placer:
         self.taken.update(ops)
         if found:
             self.known[layer.name] = outs
-        values = tuple(n for n in outs if self.dtype(n) == "int8")
+        values = tuple(n for n in outs if self.dtype(n) == ("uint8" if layer.packed else "int8"))
         source = None if pool is None else frozenset(pool)
         return Placed(layer, tuple(self.file.ops[i] for i in ops), values, source, found)
 

@@ -195,7 +195,7 @@ def test_a_weight_takes_one_bit(program: FrozenProgram, tmp_path: Path) -> None:
     assert conv.args["weight"].numpy().tobytes() in (tmp_path / "a.pt2").read_bytes()
 
 
-@pytest.mark.parametrize("target", ["executorch", "tflite", "onnx", "cortex-m4"])
+@pytest.mark.parametrize("target", ["tflite", "onnx", "cortex-m4"])
 def test_a_target_without_the_operator_says_so(program: FrozenProgram, target: str) -> None:
     with pytest.raises(UnsupportedError, match=r"(?s)sign.*binarize"):
         preflight.check_program(program, target)

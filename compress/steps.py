@@ -1,7 +1,7 @@
 """Run the compression blocks of a recipe, in order, on one model.
 
-Float passes (``rewrite``, ``lowrank``, ``repair``) turn the captured graph into another one; ``ptq`` and ``qat`` then decide the
-integers. A recipe without them gives a frozen program in float, said so.
+Float passes (``rewrite``, ``lowrank``, ``binary``, ``repair``) turn the captured graph into another one; ``ptq`` and ``qat`` then
+decide the integers. A recipe without them gives a frozen program in float, said so.
 """
 
 from __future__ import annotations
@@ -99,6 +99,8 @@ def apply(
         state = _STEPS[block.kind](state, block, data, progress)
     if state.spiking is not None:
         return _spiking_program(state, graph, name)
+    if state.plan is None and any(b.kind == "binary" for b in blocks):
+        raise InputError("compress: `binary` needs `ptq` after it, which makes the 1-bit operators and int8 of the rest")
     plan = state.plan or _float_plan(state.graph)
     program = freeze(state.graph, plan, name)
     record = {
@@ -125,6 +127,8 @@ def _ptq(state: _State, block: _Block, data: Data, progress: Progress | None) ->
 def _in_float(
     load: Callable[[], FloatPass], state: _State, block: _Block, data: Data, progress: Progress | None, *, exact: bool = False
 ) -> _State:
+    if any(p["kind"] == "binary" for p in state.passes):
+        raise InputError(f"compress: `{block.kind}` would undo `binary`; put it before, only ptq comes after")
     if state.plan is not None:
         raise InputError(f"compress: `{block.kind}` works on the float model; put it before ptq and qat")
     graph, record = load()(state.graph, block.settings, data, state.original, progress)
@@ -146,12 +150,21 @@ def _lowrank() -> FloatPass:
     return lowrank
 
 
+def _binary(state: _State, block: _Block, data: Data, progress: Progress | None) -> _State:
+    from edgekit.compress.binary.step import binarize
+
+    folder = None if state.folder is None else state.folder / str(len(state.passes))
+    return _in_float(lambda: partial(binarize, folder=folder), state, block, data, progress)
+
+
 def _repair(state: _State, block: _Block, data: Data, progress: Progress | None) -> _State:
     """In float, or with the quantizers in place once there is a plan."""
     from edgekit.compress.repair.step import repair, repair_plan
 
     if state.plan is None:
         return _in_float(lambda: repair, state, block, data, progress)
+    if any(u.signs is not None for u in state.plan.units):
+        raise InputError("repair: 1-bit layers cannot be repaired; let ptq follow `binary` at once (which has `distill`)")
     plan, record = repair_plan(state.graph, state.plan, block.settings, data, state.original, progress)
     entry = {"kind": block.kind, "settings": asdict(block.settings), **record.to_json()}
     return replace(state, plan=plan, passes=(*state.passes, entry), warnings=(*state.warnings, *record.warnings))
@@ -183,6 +196,7 @@ def _spiking_program(state: _State, captured: Graph, name: str) -> Compressed:
 _STEPS: dict[str, Callable[[_State, _Block, Data, Progress | None], _State]] = {
     "rewrite": partial(_in_float, _rewrite, exact=True),
     "lowrank": partial(_in_float, _lowrank),
+    "binary": _binary,
     "repair": _repair,
     "ptq": _ptq,
     "qat": partial(_quantizing, train),

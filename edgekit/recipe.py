@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from edgekit import marked_yaml
+from edgekit.compress.binary.settings import Binary
 from edgekit.compress.lowrank.settings import LowRank
 from edgekit.compress.ptq.settings import PTQ, QAT
 from edgekit.compress.repair.settings import Repair
@@ -43,11 +44,12 @@ __all__ = [
 
 _FORBID = ConfigDict(extra="forbid")
 
-Settings = Rewrite | LowRank | Repair | PTQ | QAT | Spiking
+Settings = Rewrite | LowRank | Binary | Repair | PTQ | QAT | Spiking
 
 SETTINGS: dict[str, type[Settings]] = {
     "rewrite": Rewrite,
     "lowrank": LowRank,
+    "binary": Binary,
     "repair": Repair,
     "ptq": PTQ,
     "qat": QAT,
@@ -93,7 +95,7 @@ class Verify:
 class Block:
     """One step of compression: a key of :data:`SETTINGS` and its settings."""
 
-    kind: Literal["rewrite", "lowrank", "repair", "ptq", "qat", "spiking"]
+    kind: Literal["rewrite", "lowrank", "binary", "repair", "ptq", "qat", "spiking"]
     settings: Settings
 
 
@@ -112,8 +114,8 @@ class Recipe:
     Attributes:
         model: ``file.py:factory``, ``package.module:factory`` or a ``.pt2`` file; the factory returns an ``nn.Module``.
         data: ``file.py:factory`` or ``package.module:factory``; the factory returns an ``edgekit.data.Data``.
-        compress: what is done to the model, in order: ``rewrite``, ``lowrank``, ``repair``, ``ptq``, ``qat``, or a name such as
-            ``static_wi8_ai8``.
+        compress: what is done to the model, in order: ``rewrite``, ``lowrank``, ``binary``, ``repair``, ``ptq``, ``qat``, or
+            a name such as ``static_wi8_ai8``.
         targets: what it is lowered to, each a name or a name with options.
         verify: what counts as equal.
         profile: devices that files are measured on, such as ``local`` or ``qemu:mps2-an386``.

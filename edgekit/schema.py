@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from edgekit.compress.binary.settings import Distill, Stage
 from edgekit.compress.ptq.settings import Mixed, Reconstruct
 from edgekit.files import write_json, write_whole
 from edgekit.recipe import NAMED, SETTINGS, Recipe, Verify
@@ -61,6 +62,7 @@ def tables() -> str:
     from edgekit.targets import TARGETS, get
 
     parts: dict[str, type[Any]] = {"Keys of a recipe": Recipe, **{f"`{name}`": kind for name, kind in SETTINGS.items()}}
+    parts |= {"`stages` of `binary`": Stage, "`distill` of `binary`": Distill}
     parts |= {"`reconstruct` of `ptq`": Reconstruct, "`mixed` of `ptq`": Mixed, "`verify`": Verify}
     groups: dict[type[Any], list[str]] = {}
     for name in TARGETS:  # the Cortex-M cores share theirs

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from edgekit.compress.capture import Graph, tensor_of
+from edgekit.compress.ptq.binary_units import input_threshold
 from edgekit.compress.ptq.observers import ActQ
 from edgekit.compress.ptq.plan import Plan
 from edgekit.compress.ptq.units import Unit
 from edgekit.errors import ModelError
 from edgekit.frozen import FloatOp, FrozenOp, FrozenProgram, freeze_module
+from edgekit.frozen.binary_ops import pack_signs
 from edgekit.frozen.ops import lut_table
 
 __all__ = ["bias_integers", "freeze"]
@@ -133,6 +135,8 @@ class _Builder:
         self.integer[unit.output] = self._add(unit.name, op, *(self._int(i) for i in unit.inputs))
 
     def _operator(self, unit: Unit, ins: list[ActQ], out: ActQ) -> FrozenOp:
+        if unit.signs is not None:
+            return _binary_operator(unit, ins[0], out)
         attributes = dict(unit.attributes)
         to = {"out_scale": out.scale, "out_zp": out.zero_point}
         kind, buffers = unit.kind, dict[str, Tensor]()
@@ -157,6 +161,22 @@ class _Builder:
                 attributes["shape"] = list(self.shapes[unit.output.name])
             attributes |= {"scale": out.scale, "zero_point": out.zero_point}
         return FrozenOp(kind, 0 if kind == "qconcat" else len(unit.inputs), buffers, **attributes)
+
+
+def _binary_operator(unit: Unit, x: ActQ, out: ActQ) -> FrozenOp:
+    """A 1-bit layer; weights packed along the input channels."""
+    s = unit.signs
+    assert s is not None
+    if unit.kind == "binarize":
+        return FrozenOp("binarize", 1, {"threshold": input_threshold(s, x, unit.name)}, **unit.attributes)
+    assert s.signs is not None and s.scale is not None and s.bias is not None
+    weight = pack_signs(s.signs.movedim(1, -1) > 0)
+    if unit.packed:
+        assert s.threshold is not None
+        return FrozenOp(unit.kind, 1, {"weight": weight, "threshold": s.threshold}, **unit.attributes)
+    bias = bias_integers(s.bias, 1.0, s.scale, unit.name)
+    numbers = {"out_scale": out.scale, "out_zp": out.zero_point, "activation": unit.activation, "out_bits": out.bits}
+    return FrozenOp(unit.kind, 1, {"weight": weight, "weight_scale": s.scale, "bias": bias}, **unit.attributes, **numbers)
 
 
 def _from(q: ActQ, prefix: str = "in") -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from edgekit.compress.capture import Graph
+from edgekit.compress.ptq.binary_units import SIGNS
 from edgekit.compress.ptq.observers import ActQ, Observer, choose_range, narrowed, quantization_of
 from edgekit.compress.ptq.settings import Quantization, bits_of, stored_bits
 from edgekit.compress.ptq.sharing import eight_bit_inputs, few_bits, fixed_activations, groups
@@ -38,6 +39,9 @@ _FEW = 16
 
 Batches = Callable[[], Iterable[tuple[Tensor, ...]]]
 """Makes a fresh stream of calibration batches, one tensor (B, ...) for each input of the model."""
+
+_TERNARY_FROM = 8
+"""Products for one output value from which a weight of three values in each channel is no accident."""
 
 _MAX_BIAS = {8: 1 << 20, 16: 1 << 30}
 """Largest bias integer by activation bits; up to 2^20 its float32 form goes back to the same integer in every converter."""
@@ -103,11 +107,27 @@ def make_plan(
             continue
         weight, bias = weight_of(graph, unit)
         least = minimal_scale(bias, activations[unit.inputs[0].name])
+        if (ternary := _ternary(weight, bias, least)) is not None:
+            weights[unit.name] = ternary
+            continue
         scale = torch.maximum(weight_scale(weight, bits[unit.name], settings), least)
         weights[unit.name] = WeightQ(quantize_weight(weight, scale, bits[unit.name]), scale, bits[unit.name], bias.double())
         if not weight.any():
             warnings.append(f"layer {unit.name}: all weights are zero")
     return Plan(units, activations, weights, unquantized, tuple(warnings))
+
+
+def _ternary(weight: Tensor, bias: Tensor, least: Tensor) -> WeightQ | None:
+    """A weight that is ``scale * (-1, 0 or 1)`` in each channel as it is, in two bits; None for another."""
+    flat = weight.detach().flatten(1)
+    size = flat.abs().amax(1)
+    levels = torch.round(flat / size.clamp(min=1e-30).view(-1, 1))
+    if flat.shape[1] < _TERNARY_FROM or not weight.any() or not torch.equal(levels * size.view(-1, 1), flat):
+        return None
+    if bool((size[size > 0] < least[size > 0]).any()):
+        return None
+    scale = torch.where(size > 0, size, least).float()
+    return WeightQ(levels.view(weight.shape).to(torch.int8), scale, 2, bias.double())
 
 
 def weight_bits(units: Sequence[Unit], settings: Quantization) -> dict[str, int]:
@@ -185,7 +205,7 @@ def calibrate(graph: Graph, units: Sequence[Unit], settings: Quantization, data:
             what = f"layer {graph.names[name]}: its output was" if name in graph.names else f"input {name}: it was"
             warnings.append(f"{what} constant ({observer.low:.3g}) during calibration")
         result[name] = quantization_for(observer, settings, root in few, root in answers)
-    return result, warnings
+    return result | {u.output.name: SIGNS for u in units if u.packed}, warnings
 
 
 class _Samples:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekit.compress.capture import Graph, capture
+from edgekit.compress.ptq.binary_units import is_sign
 from edgekit.compress.ptq.freeze import freeze
 from edgekit.compress.ptq.plan import Batches, Plan, make_plan
 from edgekit.compress.ptq.settings import PTQ, QAT, Quantization, stored_bits
@@ -65,6 +66,7 @@ def quantize(
         how = ", ".join([settings.method, *([made.changes[name]] if name in made.changes else [])])
         steps = [f"weights int{w.bits}, {how}", *(["bias corrected"] if settings.bias_correction else [])]
         changes[name] = ", ".join([*steps, *([changes[name]] if name in changes else [])])
+    changes |= {u.name: "1-bit weights and inputs" for u in made.units if u.signs is not None and u.kind != "binarize"}
     return graph, replace(made, changes=changes, facts=facts)
 
 
@@ -113,6 +115,8 @@ def train(
     from edgekit.compress.ptq.qat import train_plan
 
     torch.manual_seed(settings.seed)
+    if any(is_sign(n) for n in graph.module.graph.nodes):
+        raise InputError("qat: 1-bit layers cannot be trained by it; let ptq follow `binary`")
     if plan is None:
         check_patterns(graph, settings)
         units, unquantized = find_units(graph, settings.skip, stored_bits(settings.activations))

@@ -33,8 +33,9 @@ def groups(units: Sequence[Unit]) -> dict[str, str]:
         return name
 
     fixed = fixed_activations(units)
+    packed = {u.output for u in units if u.packed}
     for unit in units:
-        for node in (*unit.inputs, unit.output):
+        for node in {*unit.inputs, unit.output} - packed:
             find(node.name)
         shared = unit.inputs[:1] if unit.inherits else unit.inputs if unit.kind == "qconcat" else ()
         for node in shared:

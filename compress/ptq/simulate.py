@@ -7,6 +7,7 @@ activation's clamp. It computes what the frozen program computes, but for the la
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from edgekit.compress.capture import Graph
+from edgekit.compress.ptq.binary_units import input_threshold
 from edgekit.compress.ptq.freeze import bias_integers
 from edgekit.compress.ptq.observers import ActQ
 from edgekit.compress.ptq.plan import Plan
 from edgekit.compress.ptq.units import Unit
 from edgekit.frozen.ops import activation_bounds
 
-__all__ = ["FakeQuantize", "WeightedLayer", "layer_of", "simulate", "taps"]
+__all__ = ["FakeQuantize", "SignedLayer", "WeightedLayer", "layer_of", "simulate", "taps"]
 
 
 class FakeQuantize(nn.Module):
@@ -56,6 +58,36 @@ class WeightedLayer(nn.Module):
             return F.linear(x, weight, bias)
         a = self.attributes
         return F.conv2d(x, weight, bias, a["stride"], a["padding"], a["dilation"], a["groups"])
+
+
+class SignedLayer(nn.Module):
+    """A 1-bit layer or a sign, in float32: sums of signs are exact, and compared with the program's own thresholds."""
+
+    def __init__(self, unit: Unit, plan: Plan) -> None:
+        super().__init__()
+        s = unit.signs
+        assert s is not None
+        self.unit_name, self.kind, self.attributes, self.packed = unit.name, unit.kind, dict(unit.attributes), unit.packed
+        self.layer: nn.Module | None = None
+        if unit.kind == "binarize":
+            x = plan.activations[unit.inputs[0].name]
+            limit = input_threshold(s, x, unit.name).double().sub(x.zero_point + 0.5) * x.scale  # between two integers
+        else:
+            assert s.signs is not None and s.scale is not None and s.bias is not None
+            conv = replace(unit, kind="qconv2d" if "stride" in unit.attributes else "qlinear")
+            scale = torch.ones_like(s.scale) if unit.packed else s.scale
+            shape = (-1, *[1] * (s.signs.dim() - 1))
+            real = bias_integers(s.bias, 1.0, s.scale, unit.name).double() * s.scale.double()
+            bias = torch.zeros(len(s.signs)) if unit.packed else real.float()
+            self.layer = WeightedLayer(conv, s.signs.float() * scale.view(shape), bias)
+            limit = torch.zeros(1) if s.threshold is None else s.threshold.double() - 0.5
+        image = "stride" in unit.attributes or unit.attributes.get("dim") == 1
+        self.register_buffer("limit", limit.float().view(-1, 1, 1) if image else limit.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, C, H, W) for a conv, (..., features) for a linear; packed outputs are -1 and +1."""
+        y: Tensor = x if self.layer is None else self.layer(x)
+        return torch.where(y >= self.limit, 1.0, -1.0) if self.packed else y  # type: ignore[operator]
 
 
 def layer_of(unit: Unit, plan: Plan) -> nn.Module:
@@ -105,13 +137,13 @@ def simulate(
         if node in starts:
             unit = starts[node]
             ins = {i: enter(i) for i in unit.inputs}
-            if unit.weight is not None:
+            if unit.weight is not None or unit.signs is not None:
                 name = f"layer_{plan.units.index(unit)}"
-                root.add_module(name, layer(unit, plan))
+                root.add_module(name, layer(unit, plan) if unit.signs is None else SignedLayer(unit, plan))
                 made = out.call_module(name, (ins[unit.inputs[0]],))
             else:
                 made = out.node_copy(unit.nodes[0], {**values, **ins}.__getitem__)
-            exact = unit.inherits and unit.kind != "qavg_pool2d"  # averages are rounded
+            exact = unit.packed or (unit.inherits and unit.kind != "qavg_pool2d")  # averages are rounded
             values[node] = made if exact else quantized(node, unit.activation, made)
         elif node in inside:
             continue

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,12 +18,16 @@ from torch import Tensor, fx
 
 from edgekit.compress.canonical import ATEN, arguments, pair
 from edgekit.compress.capture import Graph, tensor_of
+from edgekit.compress.ptq.binary_units import Signs, is_sign, match_binary, match_sign, packed_layer
+from edgekit.errors import InputError
 from edgekit.frozen import Unquantized
+from edgekit.frozen.binary_ops import PACKED_OPS
 
 __all__ = ["SHAPE_KINDS", "Unit", "find_units", "weight_of"]
 
 SHAPE_KINDS = {"qreshape", "qpermute", "qslice", "qpad"}
 _ONLY_8BIT = {"qlut", "qavg_pool2d", "qconcat"}
+_FUSING = ("qconv2d", "qlinear", "qadd", "qmul", "binary_qconv2d", "binary_qlinear")
 _INHERIT = {*SHAPE_KINDS, "qmax_pool2d", "qavg_pool2d"}
 _LUT = {
     ATEN.sigmoid.default: "sigmoid", ATEN.tanh.default: "tanh", ATEN.silu.default: "silu", ATEN.hardswish.default: "hardswish",
@@ -50,6 +54,7 @@ class Unit:
         activation: "none", "relu" or "relu6".
         attributes: the operator's scalar arguments other than scales and zero points.
         weight, bias: ``get_attr`` nodes of a weighted layer.
+        signs: the numbers of a 1-bit layer, which has no ``weight``: nothing rounds or scales it.
     """
 
     kind: str
@@ -60,6 +65,12 @@ class Unit:
     attributes: dict[str, Any] = field(default_factory=dict)
     weight: fx.Node | None = None
     bias: fx.Node | None = None
+    signs: Signs | None = None
+
+    @property
+    def packed(self) -> bool:
+        """The output is packed signs."""
+        return self.kind in PACKED_OPS
 
     @property
     def output(self) -> fx.Node:
@@ -93,18 +104,41 @@ def find_units(graph: Graph, skip: Sequence[str] = (), bits: int = 8) -> tuple[t
             reasons[node] = f"{found.kind} has no {bits}-bit form"
             continue
         if any(re.fullmatch(pattern, found.name) for pattern in skip):
+            if found.signs is not None and skip != _EVERYTHING:
+                raise InputError(f"skip: {found.name} is a 1-bit layer and cannot stay in float; take it out of `skip`")
             reasons[node] = "left in float by the setting `skip`"
             continue
         found = _fuse(found)
         fused.update(found.nodes)
         units[found.output] = found
-    kept = _settle(units, reasons)
+    kept = _chained(_settle(units, reasons))
+    for part in (n for unit in kept for n in unit.nodes):
+        reasons.pop(part, None)
     unquantized = [
         Unquantized(graph.names[n.name], _short(n), reason)
         for n, reason in reasons.items()
         if n.target not in _NO_ARITHMETIC and n.target is not operator.getitem and _has_tensor(n.meta.get("val"))
     ]
     return tuple(kept), tuple(unquantized)
+
+
+_EVERYTHING = (".*",)
+
+
+def _chained(units: list[Unit]) -> list[Unit]:
+    """Binary layers whose result goes to one sign only become one unit with it, so that nothing is unpacked between them."""
+    signs = {u.inputs[0]: u for u in units if u.kind == "binarize"}
+    found, taken = [], set()
+    for unit in units:
+        sign = signs.get(unit.output)
+        if unit.kind in ("binary_qconv2d", "binary_qlinear") and sign is not None and list(unit.output.users) == [sign.nodes[0]]:
+            assert unit.signs is not None and sign.signs is not None
+            packed = packed_layer(unit.signs, unit.activation, sign.signs, unit.name)
+            taken.add(sign.output)
+            kind = unit.kind.replace("_q", "_")
+            unit = replace(unit, kind=kind, nodes=(*unit.nodes, *sign.nodes), activation="none", signs=packed)
+        found.append(unit)
+    return [u for u in found if not (u.kind == "binarize" and u.output in taken)]
 
 
 def _has_tensor(value: Any) -> bool:
@@ -133,7 +167,7 @@ def _settle(units: dict[fx.Node, Unit], reasons: dict[fx.Node, str]) -> list[Uni
 
 def _misfit(unit: Unit, chosen: dict[fx.Node, Unit]) -> str:
     """Why this unit should not be integer, "" if it should."""
-    if unit.weight is not None:
+    if unit.weight is not None or unit.signs is not None:
         return ""
     if any(i not in chosen and i.op != "placeholder" for i in unit.inputs):
         return "an input of it is float"
@@ -150,7 +184,7 @@ def _misfit(unit: Unit, chosen: dict[fx.Node, Unit]) -> str:
 
 def _fuse(unit: Unit) -> Unit:
     """Take the activation that follows into the unit, if it is the only use."""
-    if unit.kind not in ("qconv2d", "qlinear", "qadd", "qmul") or len(unit.output.users) != 1:
+    if unit.kind not in _FUSING or len(unit.output.users) != 1:
         return unit
     user = next(iter(unit.output.users))
     if user.target == ATEN.relu.default:
@@ -159,9 +193,7 @@ def _fuse(unit: Unit) -> Unit:
         activation = "relu6"
     else:
         return unit
-    return Unit(
-        unit.kind, unit.name, (*unit.nodes, user), unit.inputs, activation, unit.attributes, unit.weight, unit.bias
-    )  # fmt: skip
+    return replace(unit, nodes=(*unit.nodes, user), activation=activation)
 
 
 def _match(graph: Graph, node: fx.Node) -> Unit | str:
@@ -182,6 +214,8 @@ def _weighted(kind: str) -> Callable[[Graph, fx.Node], Unit | str]:
             return "its weight is computed at run time"
         if bias is not None and not (isinstance(bias, fx.Node) and bias.op == "get_attr"):
             return "its bias is computed at run time"
+        if (found := match_binary(graph, node)) is not None:
+            return Unit(found[0], graph.names[node.name], (node,), (x,), "none", found[1], signs=found[2])
         attributes: dict[str, Any] = {}
         if kind == "qconv2d":
             stride, padding, dilation, groups = rest
@@ -189,6 +223,13 @@ def _weighted(kind: str) -> Callable[[Graph, fx.Node], Unit | str]:
         return Unit(kind, graph.names[node.name], (node,), (x,), "none", attributes, weight, bias)
 
     return rule
+
+
+def _sign(graph: Graph, node: fx.Node) -> Unit | str:
+    if not is_sign(node):
+        return "only signs that nothing but 1-bit layers read are packed"
+    nodes, x, attributes, signs = match_sign(graph, node)
+    return Unit("binarize", graph.names[node.name], nodes, (x,), "none", attributes, signs=signs)
 
 
 def _binary(kind: str) -> Callable[[Graph, fx.Node], Unit | str]:
@@ -282,6 +323,7 @@ def _lut(graph: Graph, node: fx.Node) -> Unit | str:
 _RULES: dict[Any, Callable[[Graph, fx.Node], Unit | str]] = {
     ATEN.conv2d.default: _weighted("qconv2d"),
     ATEN.linear.default: _weighted("qlinear"),
+    ATEN.where.Scalar: _sign,
     ATEN.add.Tensor: _binary("qadd"),
     ATEN.mul.Tensor: _binary("qmul"),
     ATEN.mean.dim: _mean,

@@ -21,7 +21,7 @@ from edgekit.compress.repair.distill import Forward, Values, distance, distill, 
 from edgekit.compress.repair.settings import Repair
 from edgekit.data import Data, batches
 
-__all__ = ["points", "repair", "repair_plan"]
+__all__ = ["points", "repair", "repair_plan", "tapped"]
 
 Progress = Callable[[str, int, int], None]
 _WEIGHTED = (ATEN.conv2d.default, ATEN.linear.default)
@@ -45,7 +45,7 @@ def repair(
     teacher = copy.deepcopy(original.module).to(settings.device)
     shared = points(original, graph, settings.points)
     parameters = [p.requires_grad_(True) for p in student.parameters() if p.is_floating_point()]
-    forward = _tapped(student, shared), _tapped(teacher, shared)
+    forward = tapped(student, shared), tapped(teacher, shared)
     penalty = _penalty(original, graph, student, teacher, settings)
     figures, better = _train(forward, [{"params": parameters}], graph, settings, data, penalty, progress)
     changes = {graph.names[n]: "compared with the original" for n in shared}
@@ -72,7 +72,7 @@ def repair_plan(
         {"params": [p for _, p in named if p.requires_grad and not is_scale[id(p)]]},
         {"params": [p for _, p in named if p.requires_grad and is_scale[id(p)]], "rate": 10.0},
     ]
-    forward = _tapped(twin, [f"quantize_{n}" for n in shared]), _tapped(teacher, shared)
+    forward = tapped(twin, [f"quantize_{n}" for n in shared]), tapped(teacher, shared)
     figures, better = _train(forward, groups, graph, settings, data, None, progress)
     made = read_back(twin.cpu(), plan, scales) if better else plan
     changes = {n: f"weights int{w.bits}, repaired" for n, w in plan.weights.items()}
@@ -105,7 +105,7 @@ def _shape(node: fx.Node) -> tuple[Any, ...] | None:
     return tuple(str(s) if not isinstance(s, int) else s for s in value.shape[1:]) if isinstance(value, Tensor) else None
 
 
-def _tapped(module: fx.GraphModule, names: Sequence[str]) -> Forward:
+def tapped(module: fx.GraphModule, names: Sequence[str]) -> Forward:
     """The module as a :data:`Forward`; the tensors are the module's own."""
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}

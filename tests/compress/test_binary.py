@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def test_signs_of_rows_make_binary_linears() -> None:
         def __init__(self) -> None:
             super().__init__()
             sizes = (72, 40, 33, 20, 4)
-            self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+            self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
         def forward(self, x: Tensor) -> Tensor:
             x = x.flatten(1)

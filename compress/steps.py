@@ -175,6 +175,8 @@ def _spiking(state: _State, block: _Block, data: Data, progress: Progress | None
 
     if state.plan is not None:
         raise InputError("compress: `spiking` works on the float model; leave ptq and qat out")
+    if any(p["kind"] == "binary" for p in state.passes):
+        raise InputError("compress: `spiking` cannot take 1-bit layers; leave `binary` out")
     net, record, warnings = spiking(state.graph, block.settings, data, progress)
     entry = {"kind": block.kind, "settings": asdict(block.settings), **record}
     return replace(state, spiking=net, passes=(*state.passes, entry), warnings=(*state.warnings, *warnings))

@@ -151,9 +151,9 @@ def _taken(model: nn.Module, data: Any, seed: int) -> Loaded:
 
 
 def _installed() -> list[str]:
-    from edgekit.targets import TARGETS, get
+    from edgekit.targets import GENERAL, get
 
-    return [name for name in TARGETS if not name.startswith("cortex-m") and get(name).available() is None]
+    return [name for name in GENERAL if get(name).available() is None]
 
 
 def _written(target: Any) -> Any:

@@ -100,11 +100,10 @@ def write(
     Raises:
         InputError: a file is there, a value is wrong, or the model or data cannot be loaded.
     """
-    from edgekit.targets import TARGETS, get
+    from edgekit.targets import GENERAL, get
 
     folder = Path(folder)
-    formats = [name for name in TARGETS if not name.startswith("cortex-m")]  # six cores would be six times the same firmware
-    installed = [name for name in formats if get(name).available() is None]
+    installed = [name for name in GENERAL if get(name).available() is None]
     if ask is not None:
         model = model or ask("Model (file.py:factory or .pt2; empty: a starter to edit)", default="", show_default=False) or None
         if model and not data:

@@ -69,6 +69,7 @@ class LayerParity:
         elements: how many were compared.
         within: ``max_lsb`` is within the tolerance.
         exact: equal to the bit-exact reference of the device; None where there is none.
+        rounded: how many of the differing spikes follow from rounding alone (:mod:`edgekit.spike_parity`); None: no spikes.
     """
 
     layer: str
@@ -81,6 +82,12 @@ class LayerParity:
     elements: int
     within: bool
     exact: bool | None = None
+    rounded: int | None = None
+
+    @property
+    def differing(self) -> int:
+        """How many elements differ."""
+        return round(self.share * self.elements)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from edgekit.errors import DataError
 from edgekit.frozen import FrozenProgram
+from edgekit.frozen.spiking_ops import REAL_OPS
 from edgekit.metrics import HUGE, difference, score, sqnr_db, top1_agreement
 from edgekit.parity import Stage
 from edgekit.stages import Evaluation
@@ -65,7 +66,7 @@ def stage_row(
 
 def output_lsb(program: FrozenProgram) -> tuple[float | None, ...]:
     """Step of each program output: its scale if it ends in a dequantize (reshapes after it do not matter), 1 if it is an integer,
-    None if a float operator comes last."""
+    None if a float operator comes last, or a membrane or sum of a float spiking network."""
     layers = {layer.node: layer for layer in program.layers}
     output = next(n for n in program.module.graph.nodes if n.op == "output").args[0]
     steps: list[float | None] = []
@@ -73,7 +74,10 @@ def output_lsb(program: FrozenProgram) -> tuple[float | None, ...]:
         while node.name not in layers and node.op == "call_function" and str(node.target).split(".")[1] in _SHAPE_ONLY:
             node = node.args[0]
         layer = layers.get(node.name)
-        steps.append(None if layer is None else float(layer.args["scale"]) if layer.op == "dequantize" else 1.0)
+        if layer is None or layer.op in REAL_OPS:
+            steps.append(None)
+        else:
+            steps.append(float(layer.args["scale"]) if layer.op == "dequantize" else 1.0)
     return tuple(steps)
 
 

@@ -155,7 +155,7 @@ def verify_artifact(
     tapped = {layer.layer for layer in found.layers}
     bad = {m.layer for m in mismatches} | {layer.layer for layer in found.layers if not layer.within}
     bad |= set(layer_parity.first_inexact(found))
-    first = next((x.name for x in program.layers if x.name in bad), None) or next(iter(sorted(bad)), None)
+    first = next((x.name for x in program.listed if x.name in bad), None) or next(iter(sorted(bad)), None)
     breaches = [f"{name}: {m}" for m in mismatches]
     breaches += layer_parity.breaches(name, found, first, settings) + layer_parity.exact_breaches(name, found)
     breaches += _output_breaches(name, stage, found.systematic, known, evaluation, settings)

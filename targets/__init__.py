@@ -17,15 +17,20 @@ from typing import Any
 from edgekit.errors import InputError
 from edgekit.files import joint_sha256
 
-__all__ = ["TARGETS", "digest", "files", "get", "present"]
+__all__ = ["GENERAL", "TARGETS", "digest", "files", "get", "present"]
 
 TARGETS: dict[str, str] = {
     "executorch": "edgekit.targets.executorch",
     "tflite": "edgekit.targets.tflite",
     "onnx": "edgekit.targets.onnx",
+    "nir": "edgekit.targets.nir",
     **{f"cortex-m{number}": f"edgekit.targets.cortex_m:M{number}" for number in (0, 3, 4, 7, 33, 55)},
 }
 """Target name to module, or to an object in a module; importing one imports no converter and no runtime."""
+
+GENERAL = ("executorch", "tflite", "onnx")
+"""Targets that take any model: what a recipe without a wish gets. Not among them: firmware, of which a user wants one core, and
+formats of spiking networks."""
 
 
 def get(name: str) -> Any:

@@ -61,7 +61,8 @@ def check_model(exported: ExportedProgram, target: str) -> list[Problem]:
         target: a name of :data:`edgekit.targets.TARGETS`.
     """
     problems = [*_inputs(exported), *_state(exported)]
-    firmware = target.startswith("cortex-m")  # it takes no float operator: what matters is what quantization leaves
+    # firmware takes no float operator, NIR only spiking programs: what matters is what compression makes of the model
+    firmware = target.startswith("cortex-m") or target == "nir"
     for node in exported.graph.nodes:
         if node.op == "call_function" and not firmware:
             problems += _node(node, target)
@@ -79,6 +80,11 @@ def check_program(program: FrozenProgram, target: str) -> None:
         from edgekit.targets.cortex_m.lowering import build
 
         build(program)
+        return
+    if target == "nir":
+        from edgekit.nir.from_program import to_nir
+
+        to_nir(program)
         return
     problems = [p for layer in program.layers for p in _layer(layer, target, program.sources.get(layer.name, ""))]
     problems += _edges(program) if target == "onnx" else []

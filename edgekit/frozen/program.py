@@ -58,7 +58,7 @@ class Layer:
     def inputs(self) -> tuple[str, ...]:
         """Names of the producers of the activation inputs, in order."""
         found: list[str] = []
-        for key in ("x", "a", "b", "xs"):
+        for key in ("x", "a", "b", "xs", "v", "i", "s"):
             value = self.args.get(key)
             if isinstance(value, str):
                 found.append(value)
@@ -336,14 +336,25 @@ class FrozenProgram:
         """As :meth:`forced`, and the program's outputs that follow from the taps."""
         return self._interpret(inputs, taps)
 
+    def forced_arguments(self, name: str, taps: Mapping[str, Tensor], *inputs: Tensor) -> dict[str, Any]:
+        """What the layer ``name`` gets, by the operator's argument names, when every earlier layer's output is the target's."""
+        found: dict[str, Any] = {}
+        self._interpret(inputs, taps, self.layer(name).node, found)
+        return found
+
     def _interpret(
-        self, inputs: Sequence[Tensor], taps: Mapping[str, Tensor] | None
+        self, inputs: Sequence[Tensor], taps: Mapping[str, Tensor] | None, at: str = "", into: dict[str, Any] | None = None
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         names = {layer.node: layer.name for layer in self.layers}
         seen: dict[str, Tensor] = {}
 
         class Interpreter(fx.Interpreter):
             def run_node(self, n: fx.Node) -> Any:
+                if n.name == at and into is not None:
+                    schema: Any = n.target
+                    into.update(
+                        zip((a.name for a in schema._schema.arguments), self.fetch_args_kwargs_from_env(n)[0], strict=False)
+                    )
                 result = super().run_node(n)
                 if n.name in names:
                     seen[names[n.name]] = result

@@ -22,6 +22,9 @@ the forward Euler step of NIR's equations (Pedersen et al., "Neuromorphic interm
 2024), of which reset rule, tie rule, initial state and dt are no part: NIR files of edgekit hold them as metadata.
 Parameters are tensors that broadcast against one sample, ``()``, ``(F,)``, ``(C, 1, 1)`` or ``(C, H, W)``.
 
+The same in single steps, for programs with the state as input and output and for recurrent networks: ``lif_charge``,
+``if_charge`` and ``synapse`` are step 1 (membrane, membrane, current), ``fire`` is step 2, ``fire_reset`` step 3.
+
 **One step of an integer neuron** (firmware, chips; ``x`` the int16 current of the step, v an int16)::
 
     v = sat16(((v * decay + 0x4000) >> 15) + x)     decay int16 in Q15; the value 32767 means no leak: v = sat16(v + x)
@@ -48,8 +51,8 @@ from torch.nn import functional as F
 from edgekit.frozen.ops import register
 
 __all__ = [
-    "NEURON_OPS", "NO_LEAK", "RESETS", "SPIKING_OPS", "STATEFUL_OPS", "SYNAPSE_OPS", "TIES", "charge", "current_bounds", "fire",
-    "q15_step",
+    "NEURON_OPS", "NO_LEAK", "REAL_OPS", "RESETS", "SPIKING_OPS", "STATEFUL_OPS", "STEP_OPS", "SYNAPSE_OPS", "TIES",
+    "after_spikes", "charge", "current_bounds", "fire", "q15_step", "spikes",
 ]  # fmt: skip
 
 RESETS = ("subtract", "zero", "value")
@@ -66,8 +69,16 @@ STATEFUL_OPS = NEURON_OPS | {"li_sequence", "cuba_li_sequence", "i_sequence"}
 SYNAPSE_OPS = frozenset({"spiking_linear", "spiking_conv2d"})
 """Integer layers from spikes to currents."""
 
+STEP_OPS = frozenset({"lif_charge", "if_charge", "synapse", "fire", "fire_reset"})
+"""Single steps of float neurons."""
+
+REAL_OPS = frozenset(
+    {"li_sequence", "cuba_li_sequence", "i_sequence", "accumulate", "lif_charge", "if_charge", "synapse", "fire_reset"}
+)
+"""Operators whose output is a float32 real number, not a count."""
+
 _TIME_OPS = {"repeat_steps", "fold_steps", "unfold_steps", "delay_steps", "accumulate", "qaccumulate", "spike_sum_pool2d"}
-SPIKING_OPS = STATEFUL_OPS | SYNAPSE_OPS | _TIME_OPS
+SPIKING_OPS = STATEFUL_OPS | SYNAPSE_OPS | STEP_OPS | _TIME_OPS
 """All operators of this module."""
 
 
@@ -94,13 +105,22 @@ def fire(
     v: Tensor, v_threshold: Tensor, v_reset: Tensor, reset: str, tie: str = "ge", max_spikes: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Steps 2 and 3: (spikes, membrane after the reset), both of v's type."""
+    s = spikes(v, v_threshold, tie, max_spikes)
+    return s, after_spikes(v, s, v_threshold, v_reset, reset)
+
+
+def spikes(v: Tensor, v_threshold: Tensor, tie: str, max_spikes: int = 1) -> Tensor:
+    """Step 2: how often each neuron spikes."""
     if max_spikes > 1:
-        s = torch.floor(v / v_threshold).clamp(0, max_spikes)
-    else:
-        s = (v >= v_threshold if tie == "ge" else v > v_threshold).to(v.dtype)
+        return torch.floor(v / v_threshold).clamp(0, max_spikes)
+    return (v >= v_threshold if tie == "ge" else v > v_threshold).to(v.dtype)
+
+
+def after_spikes(v: Tensor, s: Tensor, v_threshold: Tensor, v_reset: Tensor, reset: str) -> Tensor:
+    """Step 3: the membrane after the reset."""
     if reset == "subtract":
-        return s, v - s * v_threshold
-    return s, torch.where(s > 0, torch.zeros_like(v) if reset == "zero" else v_reset.to(v.dtype), v)
+        return v - s * v_threshold
+    return torch.where(s > 0, torch.zeros_like(v) if reset == "zero" else v_reset.to(v.dtype), v)
 
 
 def q15_step(v: Tensor, current: Tensor, decay: Tensor) -> Tensor:
@@ -227,10 +247,33 @@ def _qlif(x: Tensor, threshold: Tensor, decay: Tensor, v_init: Tensor, steps: in
     v, out = v_init.to(torch.int32).expand(currents.shape[1:]), torch.empty_like(currents, dtype=torch.int8)
     for t in range(steps):
         v = q15_step(v, currents[t], decay)
-        spikes = torch.div(v, threshold, rounding_mode="floor").clamp(0, max_spikes)
-        v = v - spikes * threshold if reset == "subtract" else torch.where(spikes > 0, 0, v)
-        out[t] = spikes
+        out[t] = s = torch.div(v, threshold, rounding_mode="floor").clamp(0, max_spikes)
+        v = v - s * threshold if reset == "subtract" else torch.where(s > 0, 0, v)
     return out.reshape(x.shape).contiguous()
+
+
+def _lif_charge(x: Tensor, v: Tensor, tau: Tensor, r: Tensor, v_leak: Tensor, dt: float) -> Tensor:
+    r, v_leak = _cast(x, r, v_leak)
+    return charge(v, x, _ratio(x, dt, tau), r, v_leak)
+
+
+def _if_charge(x: Tensor, v: Tensor, r: Tensor, dt: float) -> Tensor:
+    return charge(v, x, (r.double() * dt).to(x.dtype), None, None)
+
+
+def _synapse_step(x: Tensor, i: Tensor, tau_syn: Tensor, w_in: Tensor, dt: float) -> Tensor:
+    return i + _ratio(x, dt, tau_syn) * (w_in.to(x.dtype) * x - i)
+
+
+def _fire(x: Tensor, v_threshold: Tensor, tie: str, max_spikes: int) -> Tensor:
+    _check("zero", tie, max_spikes)
+    return spikes(x, v_threshold.to(x.dtype), tie, max_spikes)
+
+
+def _fire_reset(x: Tensor, s: Tensor, v_threshold: Tensor, v_reset: Tensor, reset: str) -> Tensor:
+    """``x``: the membrane before the reset."""
+    _check(reset, "ge", 1)
+    return after_spikes(x, s, v_threshold.to(x.dtype), v_reset, reset)
 
 
 def _spiking_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, spikes_max: int, weight_bits: int) -> Tensor:
@@ -300,6 +343,11 @@ for _name, _reference, _fake in (
     ("cuba_li_sequence", _cuba_li, _same),
     ("i_sequence", _i, _same),
     ("qlif_sequence", _qlif, lambda x, *_: torch.empty_like(x, dtype=torch.int8)),
+    ("lif_charge", _lif_charge, _same),
+    ("if_charge", _if_charge, _same),
+    ("synapse", _synapse_step, _same),
+    ("fire", _fire, _same),
+    ("fire_reset", _fire_reset, _same),
     ("spiking_linear", _spiking_linear, lambda x, w, *_: x.new_empty((*x.shape[:-1], w.shape[0]), dtype=torch.int16)),
     ("spiking_conv2d", _spiking_conv2d, _spiking_conv2d),
     ("spike_sum_pool2d", _spike_sum_pool2d, _spike_sum_pool2d),

@@ -17,7 +17,7 @@ from edgekit.errors import EdgekitError, FormatError, InputError, UnsupportedErr
 from edgekit.files import write_whole
 from edgekit.nir.semantics import KINDS, flatten
 
-__all__ = ["NIR_MAJOR", "read", "same", "to_bytes", "write"]
+__all__ = ["NIR_MAJOR", "read", "require", "same", "to_bytes", "write"]
 
 NIR_MAJOR = 1
 """Files of nir up to this major version are read."""
@@ -36,7 +36,7 @@ def read(path: Path) -> Any:
         MissingTool: nir is not installed.
     """
     path = Path(path)
-    h5py = _h5py()
+    h5py = require()
     if not path.is_file():
         raise FormatError(f"{path}: no such file")
     try:
@@ -69,7 +69,7 @@ def write(path: Path, graph: Any) -> None:
 
 def to_bytes(graph: Any) -> bytes:
     """The bytes of a ``.nir`` file."""
-    _h5py()
+    require()
     import nir
 
     buffer = io.BytesIO()
@@ -116,7 +116,12 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(np.array_equal(x, y))
 
 
-def _h5py() -> Any:
+def require() -> Any:
+    """The module h5py.
+
+    Raises:
+        MissingTool: nir, which brings it, is not installed.
+    """
     try:
         import h5py
         import nir  # noqa: F401

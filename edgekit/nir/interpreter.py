@@ -16,7 +16,7 @@ from edgekit.errors import InputError, UnsupportedError
 from edgekit.nir.nodes import stateless
 from edgekit.nir.semantics import FIRING, INTEGRATING, Flat, Rule, flatten, kind, rule, step_length
 
-__all__ = ["Neuron", "Trace", "interpret", "neuron"]
+__all__ = ["Neuron", "Trace", "interpret", "neuron", "whole_steps"]
 
 Array = np.ndarray
 State = tuple[Array, ...]
@@ -167,12 +167,22 @@ def _fire(v: Array, threshold: Array, v_reset: Array, how: Rule) -> tuple[Array,
     return spikes, np.where(spikes > 0, 0.0 if how.reset == "zero" else v_reset, v)
 
 
-def _delay(name: str, node: Any, dt: float) -> Neuron:
+def whole_steps(name: str, node: Any, dt: float) -> Array:
+    """The steps of a delay, int64.
+
+    Raises:
+        UnsupportedError: they are negative or no whole number.
+    """
     exact = np.asarray(node.delay, np.float64) / dt
     steps = np.rint(exact).astype(np.int64)
     if np.any(np.abs(exact - steps) > 1e-6 * np.maximum(1, np.abs(exact))) or np.any(steps < 0):
         worst = float(exact.reshape(-1)[np.argmax(np.abs(exact - steps))])
         raise UnsupportedError(f"node {name} (Delay): a delay of {worst:g} steps of dt {dt:g}; delays are whole steps here")
+    return steps
+
+
+def _delay(name: str, node: Any, dt: float) -> Neuron:
+    steps = whole_steps(name, node, dt)
     longest = int(steps.max(initial=0))
 
     def start(shape: tuple[int, ...]) -> State:

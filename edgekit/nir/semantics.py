@@ -158,8 +158,7 @@ def flatten(graph: Any) -> Flat:
             if end not in nodes:
                 raise UnsupportedError(f"edge {a} -> {b}: there is no node {end}; the graph is damaged")
     sources = {name: tuple(a for a, b in edges if b == name) for name in nodes}
-    inputs = tuple(n for n, node in nodes.items() if kind(node) == "Input" and "." not in n)
-    outputs = tuple(n for n, node in nodes.items() if kind(node) == "Output" and "." not in n)
+    inputs, outputs = (tuple(n for n, node in graph.nodes.items() if kind(node) == k) for k in ("Input", "Output"))
     roots = [n for n in nodes if not sources[n] and n not in inputs]
     if roots or not inputs or not outputs:
         what = f"node {roots[0]} gets no value" if roots else "it has no Input or no Output node"

@@ -154,13 +154,14 @@ def test_describe(finished: Path) -> None:
 def test_targets_and_doctor(finished: Path, recipe: Path) -> None:
     found = json.loads(call("targets", "--json")[1])
     cores = {(f"cortex-m{n}", f".cortex-m{n}/model.c") for n in (0, 3, 4, 7, 33, 55)}
-    assert {(t["name"], t["suffix"]) for t in found} == {("executorch", ".pte"), ("tflite", ".tflite"), ("onnx", ".onnx")} | cores
+    others = {("executorch", ".pte"), ("tflite", ".tflite"), ("onnx", ".onnx"), ("nir", ".nir")}
+    assert {(t["name"], t["suffix"]) for t in found} == others | cores
     assert call("targets")[0] == 0
     code, text = call("doctor")
     assert code == 0 and "torch" in text and "onnx" in text
     for args in (["--shape", "1,1,8,8"], ["--data", f"{recipe.parent}/data.py:load"]):
         checked = json.loads(call("doctor", "--model", f"{recipe.parent}/model.py:build", *args, "--json")[1])["model"]
-        assert checked["float"] == [] and all(t["takes"] for t in checked["targets"])
+        assert checked["float"] == [] and all(t["takes"] or t["target"] == "nir" for t in checked["targets"])
     checked = json.loads(call("doctor", "--model", finished / "frozen.pt2", "--json")[1])["model"]
     assert checked["parameters"] == 4 * 9 + 4 + 64 * 3 + 3
     assert call("doctor", "--model", f"{recipe.parent}/model.py:build")[0] == 2

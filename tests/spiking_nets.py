@@ -1,0 +1,80 @@
+"""Small spiking networks as modules of frozen operators, for the tests of programs, files and firmware."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module
+
+__all__ = ["STEPS", "conv_program", "dense_program", "neuron"]
+
+STEPS = 8
+
+
+def neuron(kind: str, steps: int = STEPS, **changes: Any) -> FrozenOp:
+    """A layer of neurons: thresholds 1, subtracting, dt 1, tau 2; ``changes`` of constants and rules."""
+    constants = {"r": 1.0, "v_threshold": 1.0, "v_reset": 0.0, "v_init": 0.0}
+    if kind != "if":
+        constants = {"v_leak": 0.0, **constants}
+        constants |= {"tau_syn": 1.6, "tau_mem": 2.5, "w_in": 1.5} if kind == "cuba_lif" else {"tau": 2.0}
+    rules: dict[str, Any] = {"dt": 1.0, "reset": "subtract", "tie": "ge", "max_spikes": 1}
+    rules |= {k: v for k, v in changes.items() if k in rules}
+    values = {k: torch.as_tensor(changes.get(k, v), dtype=torch.float32) for k, v in constants.items()}
+    return FrozenOp(f"{kind}_sequence", 1, values, steps=steps, **rules)
+
+
+class Conv(nn.Module):
+    """8x8 images held for all steps, two convolutions with a pool between, the mean current of 5 classes."""
+
+    def __init__(self, kind: str = "if", groups: int = 2, **changes: Any) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.encode = FrozenOp("repeat_steps", 1, {}, steps=STEPS)
+        self.conv1, self.spike1 = nn.Conv2d(1, 4, 3, padding=1), neuron(kind, **changes)
+        self.pool = nn.AvgPool2d(2)
+        self.conv2, self.spike2 = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=groups), neuron(kind, **changes)
+        self.head = nn.Linear(24, 5)
+        self.mean = FrozenOp("accumulate", 1, {}, gain=1 / STEPS, steps=STEPS)
+        with torch.no_grad():
+            for layer in (self.conv1, self.conv2):
+                layer.weight.mul_(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.spike1(self.conv1(self.encode(x)))
+        y = self.spike2(self.conv2(self.pool(y)))
+        out: Tensor = self.mean(self.head(y.flatten(1)))
+        return out
+
+
+class Dense(nn.Module):
+    """Sequences (N, T, 6) through two layers of neurons; the spikes of all steps."""
+
+    def __init__(self, kind: str = "lif", **changes: Any) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.fold = FrozenOp("fold_steps", 1, {})
+        self.fc1, self.spike1 = nn.Linear(6, 12), neuron(kind, **changes)
+        self.fc2, self.spike2 = nn.Linear(12, 5, bias=False), neuron(kind, **changes)
+        self.unfold = FrozenOp("unfold_steps", 1, {}, steps=STEPS)
+        with torch.no_grad():
+            for layer in (self.fc1, self.fc2):
+                layer.weight.mul_(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.unfold(self.spike2(self.fc2(self.spike1(self.fc1(self.fold(x))))))
+        return y
+
+
+def conv_program(kind: str = "if", **changes: Any) -> tuple[FrozenProgram, Tensor]:
+    """The program of :class:`Conv` and 4 samples."""
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return freeze_module(Conv(kind, **changes), (x,), name="conv"), x
+
+
+def dense_program(kind: str = "lif", **changes: Any) -> tuple[FrozenProgram, Tensor]:
+    """The program of :class:`Dense` and 6 samples."""
+    x = (torch.rand(6, STEPS, 6, generator=torch.Generator().manual_seed(2)) < 0.3).float()
+    return freeze_module(Dense(kind, **changes), (x,), name="dense"), x

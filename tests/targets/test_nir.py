@@ -1,0 +1,334 @@
+"""NIR files of frozen programs: written, read back, run, imported again; faults found by name, bad files refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import nir
+import numpy as np
+import pytest
+import torch
+from core.test_nir_interpreter import chain, recurrent
+from spiking_nets import STEPS, conv_program, dense_program
+from torch import nn
+
+from edgekit.errors import EdgekitError, FormatError, InputError, UnsupportedError
+from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module
+from edgekit.nir import interpret, read, write
+from edgekit.nir.file import same, to_bytes
+from edgekit.nir.from_program import to_nir
+from edgekit.nir.to_module import to_module, to_program
+from edgekit.parity import ArtifactParity
+from edgekit.stages import Evaluation
+from edgekit.targets import get
+from edgekit.verify import verify_artifact
+
+NIR = get("nir")
+PROGRAMS = {
+    "conv if": lambda: conv_program("if", v_init=0.5),
+    "conv lif": lambda: conv_program("lif", tie="gt", v_threshold=0.15),
+    "dense lif": lambda: dense_program("lif", reset="zero"),
+    "dense lif to a value": lambda: dense_program("lif", reset="value", v_reset=-0.25),
+    "dense cuba": lambda: dense_program("cuba_lif"),
+    "dense multi-spike": lambda: dense_program("if", max_spikes=3),
+    "dense, dt 1 ms": lambda: dense_program("lif", dt=1e-3, tau=2e-3),
+}
+
+
+def verified(program: FrozenProgram, path: Path, x: torch.Tensor) -> ArtifactParity:
+    return verify_artifact(program, "nir", path, Evaluation(inputs=(x,), labels=None, metric="accuracy", where="here"))
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_file_computes_the_programs_spikes_and_comes_back_equal(name: str, tmp_path: Path) -> None:
+    program, x = PROGRAMS[name]()
+    path = tmp_path / "model.nir"
+    artifact = NIR.lower(program, path)
+    found = verified(program, path, x)
+    assert found.ok and not found.mismatches
+    spikes = [layer for layer in found.layers if layer.op != "accumulate"]
+    assert [layer.layer for layer in spikes] == ["spike1", "spike2"]
+    assert all(layer.differing == 0 for layer in spikes)
+    fired = program.trace(x[:1])
+    assert all(0.02 < float((fired[n] > 0).float().mean()) < 0.98 for n in ("spike1", "spike2"))  # not all, not none
+    assert sum(row.macs for row in artifact.coverage) == program.macs
+    again = to_program(read(path))
+    assert torch.equal(again.run(x)[0], program.run(x)[0])
+    assert same(to_nir(again), read(path)) == []
+    write(tmp_path / "again.nir", read(path))
+    assert same(read(tmp_path / "again.nir"), to_nir(program)) == []
+    assert to_bytes(to_nir(program)) == path.read_bytes()
+
+
+def test_a_saved_file_is_what_the_nir_package_reads(tmp_path: Path) -> None:
+    program, _ = conv_program(groups=1)  # nir 1.0.8 takes the groups of a convolution for a mistake
+    NIR.lower(program, tmp_path / "model.nir")
+    graph = nir.read(tmp_path / "model.nir")  # with its own type check
+    assert {type(n).__name__ for n in graph.nodes.values()} == {
+        "Input",
+        "Conv2d",
+        "IF",
+        "AvgPool2d",
+        "Flatten",
+        "Affine",
+        "Output",
+    }
+    assert graph.metadata["steps"] == STEPS and graph.nodes["spike1"].metadata["reset"] == "subtract"
+
+
+def flip(graph: Any) -> None:
+    graph.nodes["head"].weight[2, 3] *= -1
+
+
+def grow(graph: Any) -> None:
+    graph.nodes["spike2"].tau[...] *= 1.1
+
+
+def drop(graph: Any) -> None:
+    del graph.nodes["spike1"].metadata["reset"]
+
+
+def tie(graph: Any) -> None:
+    graph.nodes["spike1"].metadata["tie"] = "gt"
+
+
+def step(graph: Any) -> None:
+    graph.metadata["dt"] = 0.5
+
+
+@pytest.mark.parametrize(
+    ("fault", "layer", "sentence"),
+    [
+        (flip, "head", "layer head: weight[2, 3] is "),
+        (
+            grow,
+            "spike2",
+            "layer spike2: tau[0, 0, 0] is 2.20000005 (24 of 24 values differ) in the file, 2 in the frozen program",
+        ),
+        (drop, "spike1", "layer spike1: metadata reset is not there in the file, subtract in the frozen program"),
+        (tie, "spike1", "layer spike1: metadata tie is gt in the file, ge in the frozen program"),
+        (step, "of the graph", "metadata dt is 0.5 in the file, 1 in the frozen program"),
+    ],
+)
+def test_a_planted_fault_is_found_and_its_node_named(
+    fault: Callable[[Any], None], layer: str, sentence: str, tmp_path: Path
+) -> None:
+    program, x = conv_program("lif")
+    path = tmp_path / "model.nir"
+    graph = to_nir(program)
+    fault(graph)
+    write(path, graph)
+    found = verified(program, path, x)
+    assert any(sentence in breach for breach in found.breaches), found.breaches
+    assert found.first_diverging in (layer, "spike1")
+
+
+def test_a_fault_that_only_a_run_shows_is_found_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read back is switched off: what is left is the comparison of spikes, each layer fed the file's own inputs."""
+    program, x = conv_program("lif", v_threshold=0.4)
+    path = tmp_path / "model.nir"
+    for fault in (grow, step):
+        graph = to_nir(program)
+        fault(graph)
+        write(path, graph)
+        monkeypatch.setattr("edgekit.targets.nir.readback", lambda path, program: [])
+        found = verified(program, path, x)
+        first = "spike2" if fault is grow else "spike1"
+        assert found.first_diverging == first
+        assert f"layer {first} (lif_sequence) differs from the frozen program in " in found.breaches[0]
+        assert "rounding explains 0 of them" in found.breaches[0]
+
+
+def test_rounding_is_told_from_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight one unit in the last place off flips spikes whose membrane meets the threshold, and these only."""
+
+    class Edge(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fold = FrozenOp("fold_steps", 1, {})
+            self.fc = nn.Linear(1, 2, bias=False)
+            constants = {k: torch.tensor(v) for k, v in {"r": 1.0, "v_threshold": 0.75, "v_reset": 0.0, "v_init": 0.0}.items()}
+            rules = {"dt": 1.0, "steps": 4, "reset": "subtract", "tie": "ge", "max_spikes": 1}
+            self.spike = FrozenOp("if_sequence", 1, constants, **rules)
+            self.out = FrozenOp("unfold_steps", 1, {}, steps=4)
+            self.fc.weight = nn.Parameter(torch.tensor([[0.25], [0.6]]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.out(self.spike(self.fc(self.fold(x))))
+            return y
+
+    program, path, x = freeze_module(Edge(), (torch.ones(1, 4, 1),)), tmp_path / "model.nir", torch.ones(1, 4, 1)
+    assert program.run(x)[0][0].T.tolist() == [[0, 0, 1, 0], [0, 1, 1, 1]]
+    graph = to_nir(program)
+    graph.nodes["fc"].weight[0, 0] = np.nextafter(np.float32(0.25), np.float32(0))
+    write(path, graph)
+    monkeypatch.setattr("edgekit.targets.nir.readback", lambda path, program: [])
+    (layer,) = verified(program, path, x).layers
+    assert (layer.differing, layer.rounded, layer.within) == (2, 2, True)
+    graph.nodes["fc"].weight[1, 0] = 0.3
+    write(path, graph)
+    (layer,) = verified(program, path, x).layers
+    assert layer.differing > 2 and layer.rounded == 2 and not layer.within
+
+
+def test_a_recurrent_graph_runs_as_a_program() -> None:
+    rng = np.random.default_rng(1)
+    graph = recurrent(*(rng.standard_normal(shape).astype(np.float32) for shape in ((3, 3), (3, 2))))
+    x = rng.standard_normal((5, 20, 2)).astype(np.float32)
+    program = to_program(graph, 20, readout="sequence")
+    wanted = interpret(graph, x.transpose(1, 0, 2)).output.transpose(1, 0, 2)
+    assert 0.1 < wanted.mean() < 0.5
+    assert np.array_equal(program.run(torch.from_numpy(x))[0].numpy(), wanted)
+
+
+def test_nodes_of_every_kind_run_as_a_module() -> None:
+    rng = np.random.default_rng(2)
+    p = lambda *shape: rng.uniform(0.5, 1.5, shape).astype(np.float32)  # noqa: E731
+    nodes = [
+        nir.Scale(p(2, 6, 5)),
+        nir.Conv2d((6, 5), p(4, 1, 3, 2) - 1, 1, "same", 1, 2, p(4) - 1),
+        nir.LI(*(p(4, 6, 5) for _ in range(3))),
+        nir.SumPool2d(*(np.array(v) for v in ([2, 2], [2, 1], [0, 1]))),
+        nir.I(p(4, 3, 6)),
+        nir.Flatten({"input": np.array([4, 3, 6])}, 1, 2),
+        nir.Conv1d(18, p(3, 4, 3) - 1, 2, 1, 1, 1, p(3)),
+        nir.CubaLI(*(p(3, 9) for _ in range(4)), w_in=0.5),
+        nir.Linear(p(3, 4, 9) - 1),
+        nir.Delay(np.array([[0, 1, 2, 3]] * 3, np.float32)),
+        nir.Threshold(p(3, 4)),
+    ]
+    image = chain(*nodes, shape=(2, 6, 5))
+    x = rng.standard_normal((3, 7, 2, 6, 5)).astype(np.float32)
+    trace = interpret(image, x.swapaxes(0, 1), record=None)
+    module = to_module(image, 7, readout="sequence")
+    found = module(torch.from_numpy(x)).detach().numpy()
+    assert 0.1 < found.mean() < 0.9
+    assert np.array_equal(found, trace.output.swapaxes(0, 1))
+    assert np.array_equal(to_program(image, 7, readout="sequence").run(torch.from_numpy(x))[0].numpy(), found)
+
+
+class Turned(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(len(x), 4, 2, 4)
+
+
+def test_what_nir_cannot_hold_is_refused_by_layer() -> None:
+    class Net(nn.Module):
+        def __init__(self, *middle: nn.Module) -> None:
+            super().__init__()
+            self.encode = FrozenOp("repeat_steps", 1, {}, steps=4)
+            self.middle = nn.Sequential(*middle)
+            self.out = FrozenOp("accumulate", 1, {}, gain=1.0, steps=4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.out(self.middle(self.encode(x)))
+            return y
+
+    x = torch.rand(1, 2, 4, 4)
+    for part, sentence in (
+        (nn.MaxPool2d(2), r"layer middle\.0: operator aten\.max_pool2d\.default has no form in NIR; use an average pool"),
+        (nn.ReLU(), "convert the activation to neurons"),
+        (nn.BatchNorm2d(2), "fold the batch normalization"),
+        (nn.AvgPool2d(3, padding=1, count_include_pad=False), "its average leaves padding out"),
+        (Turned(), "it reshapes \\(2, 4, 4\\) to \\(4, 2, 4\\), and NIR has Flatten only"),
+    ):
+        with pytest.raises(UnsupportedError, match=sentence):
+            to_nir(freeze_module(Net(part).eval(), (x,)))
+    with pytest.raises(UnsupportedError, match="it has no time steps; target nir takes spiking programs"):
+        to_nir(freeze_module(nn.Linear(3, 3), (torch.rand(1, 3),)))
+
+
+def test_steps_must_be_known_and_inputs_fit(tmp_path: Path) -> None:
+    graph = chain(nir.I(np.ones(2, np.float32)), shape=(2,))
+    with pytest.raises(InputError, match="does not say how many steps"):
+        to_module(graph)
+    graph.nodes["output"] = nir.Output({"output": np.array([2])})
+    write(tmp_path / "x.nir", graph)
+    with pytest.raises(FormatError, match="metadata do not say steps"):
+        NIR.run(tmp_path / "x.nir", [np.zeros((1, 2))])
+    program, _ = dense_program()
+    NIR.lower(program, tmp_path / "d.nir")
+    with pytest.raises(InputError, match="3 time steps given, 8 expected"):
+        NIR.run(tmp_path / "d.nir", [np.zeros((1, 3, 6))])
+
+
+def edit(path: Path, change: Callable[[h5py.File], None]) -> None:
+    with h5py.File(path, "r+") as file:
+        change(file)
+
+
+def kind_of(name: str, value: str) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        del file[f"node/nodes/{name}/type"]
+        file[f"node/nodes/{name}/type"] = value
+
+    return change
+
+
+def newer(file: h5py.File) -> None:
+    del file["version"]
+    file["version"] = "2.1.0"
+
+
+def outside(file: h5py.File) -> None:
+    del file["node/nodes/head/weight"]
+    file["node/nodes/head/weight"] = h5py.ExternalLink("/etc/hostname", "/x")
+
+
+def without(key: str) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        del file[key]
+
+    return change
+
+
+def more(file: h5py.File) -> None:
+    file["node/nodes/spike1/refractory"] = 3.0
+
+
+def ragged(file: h5py.File) -> None:
+    del file["node/nodes/spike1/r"]
+    file["node/nodes/spike1/r"] = np.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "sentence"),
+    [
+        (newer, FormatError, r"written by nir 2\.1\.0; this edgekit reads files of nir 1\.x and older"),
+        (kind_of("pool", "MaxPool2d"), UnsupportedError, r"node pool is a 'MaxPool2d', which NIR 1\.0\.8 does not have"),
+        (without("node/nodes/head/weight"), FormatError, r"node head \(Affine\) cannot be made: missing .*'weight'"),
+        (without("node/nodes/head/type"), UnsupportedError, "node head is a None"),
+        (more, FormatError, r"node spike1 \(IF\) cannot be made: got an unexpected keyword argument 'refractory'"),
+        (ragged, FormatError, r"node spike1 \(IF\) cannot be made: All parameters must have the same shape"),
+        (outside, FormatError, "points to another place; edgekit does not follow it"),
+        (without("node"), FormatError, "without a NIR graph"),
+        (without("node/nodes/conv2"), UnsupportedError, "there is no node conv2"),
+    ],
+)
+def test_damaged_and_foreign_files_are_refused_in_a_sentence(
+    change: Callable[[h5py.File], None], kind: type[Exception], sentence: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.nir"
+    NIR.lower(conv_program()[0], path)
+    edit(path, change)
+    with pytest.raises(kind, match=sentence) as error:
+        read(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+def test_random_damage_never_gives_another_error(tmp_path: Path) -> None:
+    path = tmp_path / "model.nir"
+    NIR.lower(dense_program()[0], path)
+    good, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(60):
+        data = bytearray(good[: rng.integers(1, len(good))] if rng.random() < 0.3 else good)
+        for at in rng.integers(0, len(data), 8):
+            data[at] = rng.integers(256)
+        path.write_bytes(bytes(data))
+        try:
+            read(path)
+        except EdgekitError as error:
+            assert "\n" not in str(error)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from edgekit import __version__, devices, recipe, runfolder
-from edgekit.devices import runner, service
+from edgekit.devices import kernels, runner, service
 from edgekit.devices.linux import File, Linux
 from edgekit.devices.ssh import Connection
 from edgekit.devices.target import OnDevice
@@ -99,7 +99,7 @@ def deploy(
         chosen = _target(Path(folder), found, target)
         path = runfolder.open_run(folder, f"model{get(chosen).SUFFIX}") / f"model{get(chosen).SUFFIX}"
         with tempfile.TemporaryDirectory(prefix="edgekit-") as work:
-            files, version = _files(Path(work), path, name, chosen)
+            files, version = _files(Path(work), path, name, chosen, found)
             state = found.way.request({"do": "versions", "name": name})
             made = Deployment(found.name, name, version, state["current"], not dry_run, ())
             if state["current"] == version and not with_service:
@@ -162,9 +162,11 @@ def _target(folder: Path, device: Linux, wanted: str | None) -> str:
     )
 
 
-def _files(work: Path, model: Path, name: str, target: str) -> tuple[dict[str, Path], str]:
+def _files(work: Path, model: Path, name: str, target: str, device: Linux) -> tuple[dict[str, Path], str]:
     """What goes there, by name, and the version's: the same content has the same name."""
     files = {model.name: model, "runner.py": Path(runner.__file__), "service.py": Path(service.__file__)}
+    if library := kernels.library(device.name, device.machine, [model]):
+        files[library.name] = library
     digests = {key: sha256(path) for key, path in files.items()}
     facts = {"format": 1, "name": name, "target": target, "model": model.name, "edgekit": __version__, "files": digests}
     version = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]

@@ -69,7 +69,7 @@ def c_compiler(command: Sequence[str]) -> list[str]:
 
 
 def library(
-    name: str, machine: str, more: Sequence[Path] = (), flags: Sequence[str] = (), link: Sequence[str] = (), about: str = ""
+    name: str, machine: str, more: Sequence[Path] = (), flags: Sequence[str] = (), host: str = "", about: str = ""
 ) -> Path:
     """A shared library of :data:`SOURCES`, from the cache or compiled now.
 
@@ -77,7 +77,8 @@ def library(
         name: file name without suffix.
         machine: what it shall run on, as ``platform.machine()`` says it.
         more: C++ files that belong to it.
-        flags, link: further flags of the compiler (for C++ files), and of the link.
+        flags: further flags for C++ files; with any, only what a file marks as visible can be called from outside.
+        host: name (soname) of a library that has the rest of the symbols and is in the process already; it need not be here.
         about: further text that decides what it becomes, such as the version of the headers that ``more`` includes.
 
     Raises:
@@ -87,17 +88,17 @@ def library(
     command = compiler(machine)
     sources = [*(BINARY / s for s in SOURCES), *more]
     version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
-    total = hashlib.sha256("\0".join([*command, version, machine, *FLAGS, *flags, *link, about]).encode())
+    total = hashlib.sha256("\0".join([*command, version, machine, *FLAGS, *flags, host, about]).encode())
     for path in (*(BINARY / h for h in HEADERS), *sources):
         total.update(path.read_bytes())
     kept = cache_folder() / "binary" / total.hexdigest()[:24] / f"{name}.so"
     if not kept.is_file():
         with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
-            write_whole(kept, _compile(command, sources, flags, link, Path(folder)).read_bytes())
+            write_whole(kept, _compile(command, sources, flags, host, Path(folder)).read_bytes())
     return kept
 
 
-def _compile(command: Sequence[str], sources: Sequence[Path], flags: Sequence[str], link: Sequence[str], folder: Path) -> Path:
+def _compile(command: Sequence[str], sources: Sequence[Path], flags: Sequence[str], host: str, folder: Path) -> Path:
     objects = [folder / f"{path.stem}.o" for path in sources]
     hidden = ["-fvisibility=hidden"] if flags else []
     own = {".c": c_compiler(command), ".cpp": [*command, *flags]}
@@ -107,7 +108,11 @@ def _compile(command: Sequence[str], sources: Sequence[Path], flags: Sequence[st
     ]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
         list(pool.map(_call, steps))
-    made = folder / "library.so"
+    made, link = folder / "library.so", []
+    if host:  # an empty library of that name is enough to note the dependence
+        (folder / "empty.c").touch()
+        _call([*c_compiler(command), "-shared", f"-Wl,-soname,{host}", str(folder / "empty.c"), "-o", str(folder / host)])
+        link = ["-Wl,--no-as-needed", str(folder / host)]
     _call([*command, "-shared", *map(str, objects), *link, "-o", str(made)])
     return made
 

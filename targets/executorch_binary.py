@@ -8,9 +8,9 @@ cache; they do not come with any ExecuTorch runtime. Layers that follow each oth
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import importlib.util
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,15 +20,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgekit.errors import EdgekitError, MissingTool
+from edgekit.errors import EdgekitError, MissingTool, missing_extra
 from edgekit.firmware_sim import binary_library
 from edgekit.firmware_sim.binary_library import BINARY
 from edgekit.frozen.ops import OPS, activation_bounds
 
-__all__ = ["KERNELS", "NAMESPACE", "RULES", "choose_variant", "kernel_library", "load_kernels", "needs_kernels", "pack", "unpack",
-           "variant"]  # fmt: skip
+__all__ = [
+    "KERNELS", "LIBRARY", "NAMESPACE", "RULES", "choose_variant", "installed_package", "kernel_library", "load_kernels",
+    "needs_kernels", "pack", "package_version", "unpack", "variant",
+]  # fmt: skip
 
 NAMESPACE = "edgekit_kernels"
+LIBRARY = "libedgekit_kernels.so"
+"""File name of the kernels; the runner on a device looks for it beside the ``.pte``."""
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
 _END = "Tensor weight_scale, Tensor bias, float out_scale, int out_zp, int low, int high"
@@ -137,42 +141,44 @@ def needs_kernels(program: bytes) -> bool:
     return f"{NAMESPACE}::".encode() in program
 
 
-def kernel_library(machine: str | None = None, package: Path | None = None) -> Path:
+def kernel_library(machine: str | None = None, package: Path | None = None, python: tuple[int, int] | None = None) -> Path:
     """The kernels as a shared library for an ExecuTorch runtime, compiled if it is not in the cache.
 
     Args:
         machine: as ``platform.machine()`` says it; None: this one.
-        package: folder of the executorch package there, with its headers; None: the one installed here.
+        package: folder of an executorch package of the runtime's version, for its headers; None: the one installed here.
+        python: version of the Python there; None: of this one.
 
     Raises:
         MissingTool: no compiler, no executorch, or a wheel without headers.
         EdgekitError: it does not compile.
     """
-    machine = machine or platform.machine()
-    package = package or _installed()
-    headers = package / "include"
-    runtimes = sorted((package / "extension" / "pybindings").glob("_portable_lib.*.so"))
-    if not (headers / "executorch").is_dir() or not runtimes:
-        raise MissingTool(f"{package}: this executorch has no headers to compile 1-bit kernels against; install executorch 1.4.1")
+    machine, python = machine or platform.machine(), python or sys.version_info[:2]
+    headers = (package or installed_package()) / "include"
+    if not (headers / "executorch").is_dir():
+        raise MissingTool(f"{headers}: this executorch has no headers to compile 1-bit kernels against; install executorch 1.4.1")
     types = headers / "executorch" / "runtime" / "core" / "portable_type" / "c10"
     flags = ["-std=c++20", "-DC10_USING_CUSTOM_GENERATED_MACROS", "-isystem", str(headers), "-isystem", str(types)]
-    # the runtime is in the process already, under this name; with it as a dependency its symbols are found
-    link = [f"-L{runtimes[0].parent}", f"-l:{runtimes[0].name}", "-Wl,--allow-shlib-undefined"]
-    source = BINARY / "executorch.cpp"
-    return binary_library.library("libedgekit_kernels", machine, [source], flags, link, _version(package))
+    host = f"_portable_lib.cpython-{python[0]}{python[1]}-{machine}-linux-gnu.so"
+    source, version = BINARY / "executorch.cpp", package_version(headers.parent)
+    return binary_library.library(LIBRARY.removesuffix(".so"), machine, [source], flags, host, version)
 
 
-def _version(package: Path) -> str:
-    """Version of an executorch package: what its headers depend on."""
-    for path in sorted(package.parent.glob("executorch-*.dist-info")):
-        return path.name
-    return ""
+def package_version(package: Path) -> str:
+    """Version of an executorch package, "" if there is none."""
+    found = sorted(package.parent.glob("executorch-*.dist-info"))
+    return found[0].name.removeprefix("executorch-").removesuffix(".dist-info") if found else ""
 
 
-def _installed() -> Path:
+def installed_package() -> Path:
+    """Folder of the executorch that is installed here.
+
+    Raises:
+        MissingTool: there is none.
+    """
     spec = importlib.util.find_spec("executorch")
     if spec is None or not spec.submodule_search_locations:
-        raise MissingTool("executorch is not installed; run: pip install 'edgekit[executorch]'")
+        raise missing_extra("executorch", "executorch")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

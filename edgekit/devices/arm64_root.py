@@ -27,7 +27,20 @@ from edgekit.devices.arm64_cpu import CPUS, write_system_files
 from edgekit.errors import FormatError, InputError, MissingTool
 from edgekit.files import sha256
 
-__all__ = ["PACKAGES", "RUNTIMES", "WHEELS", "Wheel", "bytecode", "folder", "installed", "python", "python_path", "root", "setup"]
+__all__ = [
+    "PACKAGES",
+    "RUNTIMES",
+    "WHEELS",
+    "Wheel",
+    "bytecode",
+    "folder",
+    "installed",
+    "python",
+    "python_path",
+    "root",
+    "setup",
+    "site",
+]
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is done, parts done, parts in all)."""
@@ -85,7 +98,7 @@ def installed() -> tuple[str, ...]:
     """The runtimes that are there."""
     if not (folder() / "base" / "part.json").is_file():
         return ()
-    return tuple(name for name, wheels in RUNTIMES.items() if all((_site(w) / "part.json").is_file() for w in wheels))
+    return tuple(name for name, wheels in RUNTIMES.items() if all((site(w) / "part.json").is_file() for w in wheels))
 
 
 def root(cpu: str) -> Path:
@@ -105,7 +118,7 @@ def bytecode() -> Path:
 
 def python_path() -> str:
     """PYTHONPATH of all that is installed."""
-    return os.pathsep.join(dict.fromkeys(str(_site(wheel)) for name in installed() for wheel in RUNTIMES[name]))
+    return os.pathsep.join(dict.fromkeys(str(site(wheel)) for name in installed() for wheel in RUNTIMES[name]))
 
 
 def setup(
@@ -133,7 +146,7 @@ def setup(
     wheels = tuple(dict.fromkeys(w for name in names for w in RUNTIMES[name]))
     steps: list[tuple[str, Path, Callable[[Path], Mapping[str, str]]]] = [
         ("Debian arm64 base", folder() / "base", lambda work: _unpack_packages(work, apt_sources)),
-        *((f"{w} {WHEELS[w].version}", _site(w), _unpacker(w)) for w in wheels),
+        *((f"{w} {WHEELS[w].version}", site(w), _unpacker(w)) for w in wheels),
     ]
     done: dict[str, str] = {}
     with parts.locked(folder()):
@@ -164,7 +177,8 @@ def _wanted(name: str, made_of: Mapping[str, str]) -> bool:
     return {package.split()[0] for package in made_of} == set(PACKAGES)
 
 
-def _site(wheel: str) -> Path:
+def site(wheel: str) -> Path:
+    """Where a wheel is unpacked."""
     return folder() / "sites" / wheel
 
 

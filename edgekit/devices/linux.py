@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.devices import runner, timing
+from edgekit.devices import kernels, runner, timing
 from edgekit.errors import DeviceError, EdgekitError, FormatError, InputError, MissingTool, UnsupportedError
 from edgekit.files import sha256
 from edgekit.frozen import FrozenProgram
@@ -242,6 +242,8 @@ class Linux:
         settings = settings or Settings()
         limit = self.options.time_limit + (settings.seconds or 0.0)
         entries = [_placed(work, i, file, self.options.runtime) for i, file in enumerate(files)]
+        if library := kernels.library(self.name, self.machine, [work / e["file"] for e in entries]):
+            shutil.copyfile(library, work / library.name)
         request = {
             "protocol": runner.PROTOCOL, "action": action, "files": entries, "times": "times.npz", "time_limit": limit,
             "settings": {k: getattr(settings, k) for k in ("num_threads", "num_runs", "warmup_runs", "seconds")},

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
 import gc
 import glob
 import hashlib
@@ -62,6 +63,7 @@ __all__ = [
 
 PROTOCOL = 1
 TIMES_KEPT = 200_000
+KERNELS = "libedgekit_kernels.so"
 SUFFIXES = {".pte": "executorch", ".tflite": "tflite", ".onnx": "onnx"}
 PACKAGES = ("numpy", "torch", "executorch", "ai-edge-litert", "tflite-runtime", "onnxruntime")
 RUNTIMES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -142,6 +144,8 @@ def open_program(
     name, module = load_runtime(target, runtime)
     try:
         return OPENERS[target](module, name, path, threads, tensors)
+    except Refused:
+        raise
     except Exception as error:  # each runtime has exceptions of its own
         raise Refused("load", f"{name} {version(name)} refuses {os.path.basename(path)}: {_first_line(error)}") from error
 
@@ -196,6 +200,7 @@ def _tflite(library: Any, name: str, path: str, threads: int, tensors: Sequence[
 
 def _executorch(library: Any, name: str, path: str, threads: int, tensors: Sequence[int]) -> Program:
     torch = importlib.import_module("torch")
+    _load_kernels(library, path)
     module = library._load_for_executorch(path)
     if hasattr(library, "_unsafe_reset_threadpool"):
         library._unsafe_reset_threadpool(threads)
@@ -222,6 +227,17 @@ def _executorch(library: Any, name: str, path: str, threads: int, tensors: Seque
     except (AttributeError, TypeError, RuntimeError):  # older runtimes do not tell
         both = (), ()
     return Program(name, version(name) or "", feed, call, fetch, *both)
+
+
+def _load_kernels(library: Any, path: str) -> None:
+    """edgekit's kernels of 1-bit layers, where a file calls them; a second copy would end the process."""
+    with open(path, "rb") as file:
+        needed = b"edgekit_kernels::" in file.read()
+    if needed and not any(name.startswith("edgekit_kernels::") for name in library._get_operator_names()):
+        kernels = os.path.join(os.path.dirname(os.path.abspath(path)), KERNELS)
+        if not os.path.exists(kernels):
+            raise Refused("missing", f"{os.path.basename(path)} has 1-bit layers, whose kernels ({KERNELS}) are not beside it")
+        ctypes.CDLL(kernels)
 
 
 def _onnx(library: Any, name: str, path: str, threads: int, tensors: Sequence[int]) -> Program:

@@ -98,6 +98,32 @@ def export(
     _finish(json, pipeline.export, run, _chosen(run, target, io, option), resume=resume)
 
 
+@app.command("import")
+def import_nir(
+    file: Annotated[Path, typer.Argument(help="A .nir file of a spiking network.", metavar="FILE", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.")],
+    target: Names = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Time steps, where the file does not say them.")] = None,
+    encoding: Annotated[str | None, typer.Option("--encoding", help="repeat: inputs (N, ...); sequence: (N, T, ...).")] = None,
+    readout: Annotated[str | None, typer.Option("--readout", help="accumulate: outputs summed over the steps; sequence.")] = None,
+    dt: Annotated[float | None, typer.Option("--dt", help="Length of a step, in the unit of the time constants.")] = None,
+    reset: Annotated[str | None, typer.Option("--reset", help="For neurons that do not say it: subtract, zero or value.")] = None,
+    tie: Annotated[
+        str | None, typer.Option("--tie", help="For neurons that do not say it: a spike at v ge or gt threshold.")
+    ] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make a run of a NIR file: the frozen program of its network, and files of it."""
+    from edgekit.in_memory import export_program
+    from edgekit.nir import read
+    from edgekit.nir.to_module import to_program
+
+    facts = {key: value for key, value in (("reset", reset), ("tie", tie)) if value is not None}
+    program = to_program(read(file), steps, name=file.stem, encoding=encoding, readout=readout, dt=dt, facts=facts)
+    _finish(json, export_program, program, out, list(target or []))
+
+
 @app.command()
 def verify(
     run: Run,

@@ -67,7 +67,7 @@ IN_MEMORY = "in memory"
 """What the recipe in a run folder says of a model or data that was handed over in Python."""
 
 TargetName = Literal[
-    "executorch", "tflite", "onnx", "cortex-m0", "cortex-m3", "cortex-m4", "cortex-m7", "cortex-m33", "cortex-m55"
+    "executorch", "tflite", "onnx", "nir", "cortex-m0", "cortex-m3", "cortex-m4", "cortex-m7", "cortex-m33", "cortex-m55"
 ]  # fmt: skip
 
 

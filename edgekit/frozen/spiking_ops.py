@@ -51,7 +51,7 @@ from torch.nn import functional as F
 from edgekit.frozen.ops import register
 
 __all__ = [
-    "NEURON_OPS", "NO_LEAK", "REAL_OPS", "RESETS", "SPIKING_OPS", "STATEFUL_OPS", "STEP_OPS", "SYNAPSE_OPS", "TIES",
+    "FLOAT_OPS", "NEURON_OPS", "NO_LEAK", "REAL_OPS", "RESETS", "SPIKING_OPS", "STATEFUL_OPS", "STEP_OPS", "SYNAPSE_OPS", "TIES",
     "after_spikes", "charge", "current_bounds", "fire", "q15_step", "spikes",
 ]  # fmt: skip
 
@@ -76,6 +76,9 @@ REAL_OPS = frozenset(
     {"li_sequence", "cuba_li_sequence", "i_sequence", "accumulate", "lif_charge", "if_charge", "synapse", "fire_reset"}
 )
 """Operators whose output is a float32 real number, not a count."""
+
+FLOAT_OPS = (STATEFUL_OPS - {"qlif_sequence"}) | STEP_OPS | {"accumulate"}
+"""Operators of float networks."""
 
 _TIME_OPS = {"repeat_steps", "fold_steps", "unfold_steps", "delay_steps", "accumulate", "qaccumulate", "spike_sum_pool2d"}
 SPIKING_OPS = STATEFUL_OPS | SYNAPSE_OPS | STEP_OPS | _TIME_OPS

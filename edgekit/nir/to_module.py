@@ -52,7 +52,7 @@ def to_module(
     known = graph.metadata
     steps = int(steps if steps is not None else known.get("steps", 0))
     if steps < 1:
-        raise InputError("the NIR graph does not say how many steps to run; give steps")
+        raise InputError("the NIR graph does not say how many time steps to run; give them (--steps)")
     encoding = str(encoding or known.get("encoding", "sequence"))
     readout = str(readout or known.get("readout", "accumulate"))
     if encoding not in ("repeat", "sequence") or readout not in ("accumulate", "sequence"):
@@ -74,7 +74,7 @@ def to_program(graph: Any, steps: int | None = None, *, name: str | None = None,
     called = str(name or graph.metadata.get("name", "nir"))
     left = [
         Unquantized(n, kind(node).lower(), "a spiking program in float: weights and currents are float32")
-        for n, node in module.flat.nodes.items()
+        for n, node in ((n, module.flat.nodes[n]) for group in module.flat.groups for n in group)
         if kind(node) in ("Affine", "Linear", "Conv1d", "Conv2d", "Scale", "AvgPool2d", "SumPool2d", "Threshold")
     ]
     return freeze_module(module, (module.sample(),), name=called, unquantized=left)

@@ -27,7 +27,8 @@ SEEDS = st.integers(0, 2**32 - 1)
 def chain(*nodes: Any, shape: tuple[int, ...], **metadata: Any) -> nir.NIRGraph:
     """input -> n0 -> n1 -> ... -> output."""
     named = {"input": nir.Input({"input": np.array(shape)})} | {f"n{i}": node for i, node in enumerate(nodes)}
-    named["output"] = nir.Output({"output": None})
+    after = nodes[-1].output_type["output"] if nodes else shape
+    named["output"] = nir.Output({"output": None if after is None else np.array(after)})
     names = list(named)
     return nir.NIRGraph(named, list(pairwise(names)), metadata=metadata, type_check=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import h5py
 import nir
@@ -14,16 +14,19 @@ import torch
 from core.test_nir_interpreter import chain, recurrent
 from spiking_nets import STEPS, conv_program, dense_program
 from torch import nn
+from typer.testing import CliRunner
 
+from edgekit.cli import app
 from edgekit.errors import EdgekitError, FormatError, InputError, UnsupportedError
 from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module
 from edgekit.nir import interpret, read, write
 from edgekit.nir.file import same, to_bytes
 from edgekit.nir.from_program import to_nir
 from edgekit.nir.to_module import to_module, to_program
-from edgekit.parity import ArtifactParity
+from edgekit.parity import ArtifactParity, Parity
+from edgekit.recipe import TargetName
 from edgekit.stages import Evaluation
-from edgekit.targets import get
+from edgekit.targets import TARGETS, get
 from edgekit.verify import verify_artifact
 
 NIR = get("nir")
@@ -243,9 +246,8 @@ def test_what_nir_cannot_hold_is_refused_by_layer() -> None:
 
 def test_steps_must_be_known_and_inputs_fit(tmp_path: Path) -> None:
     graph = chain(nir.I(np.ones(2, np.float32)), shape=(2,))
-    with pytest.raises(InputError, match="does not say how many steps"):
+    with pytest.raises(InputError, match="does not say how many time steps"):
         to_module(graph)
-    graph.nodes["output"] = nir.Output({"output": np.array([2])})
     write(tmp_path / "x.nir", graph)
     with pytest.raises(FormatError, match="metadata do not say steps"):
         NIR.run(tmp_path / "x.nir", [np.zeros((1, 2))])
@@ -332,3 +334,21 @@ def test_random_damage_never_gives_another_error(tmp_path: Path) -> None:
             read(path)
         except EdgekitError as error:
             assert "\n" not in str(error)
+
+
+def test_a_file_becomes_a_run_that_verifies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the command line, a file that does not say its rules; and a recipe may name the target."""
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
+    lif = nir.LIF(*(np.full(3, v, np.float32) for v in (2e-3, 3.0, 0.0, 1.0)))
+    write(tmp_path / "net.nir", chain(nir.Linear(np.eye(3, 4, dtype=np.float32)), lif, shape=(4,)))
+    call = ["import", str(tmp_path / "net.nir"), "--out", str(tmp_path / "run"), "-t", "nir"]
+    missing = CliRunner().invoke(app, call)
+    assert isinstance(missing.exception, InputError) and "give them (--steps)" in str(missing.exception)
+    facts = ["--steps", "6", "--dt", "1e-3", "--reset", "subtract", "--readout", "sequence", "--encoding", "repeat"]
+    assert CliRunner().invoke(app, [*call, *facts]).exit_code == 0
+    assert read(tmp_path / "run" / "model.nir").metadata["dt"] == 1e-3
+    done = CliRunner().invoke(app, ["verify", str(tmp_path / "run")])
+    assert done.exit_code == 0 and "every file computes what the frozen program computes" in done.output
+    parity = Parity.load(tmp_path / "run" / "parity.json")
+    assert [layer.rounded for layer in parity.artifacts[0].layers] == [0]
+    assert set(get_args(TargetName)) == set(TARGETS)

@@ -204,6 +204,30 @@ def analyze(
 
 
 @app.command()
+def predict(
+    path: Annotated[Path, typer.Argument(help="A recipe.yaml or a run folder.", metavar="RECIPE|RUN", show_default=False)],
+    target: Names = None,
+    tables: Annotated[
+        Path | None, typer.Option("--tables", help="Folder of tables of another machine, made by benchmarks/costs.py.")
+    ] = None,
+    seed: Seed = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Predict the size and speed of a recipe's files before compressing, from tables of measured operators."""
+    from edgekit import predict as predictions
+
+    with console.progress_bars(quiet=json) as progress:
+        found = predictions.predict(path, targets=target, seed=seed, tables=tables, progress=progress)
+    if json:
+        console.print_json(found.to_json())
+        return
+    console.print_table("predicted, not measured", predictions.HEADS, predictions.rows(found))
+    for line in predictions.remarks(found):
+        print(line)
+
+
+@app.command()
 def deploy(
     run: Run,
     device: Annotated[str, typer.Option("--device", "-d", help="ssh://user@host[:port].", show_default=False)],

@@ -204,7 +204,21 @@ def _checked(reader: Reader, folder: Path, files: bool) -> Recipe:
         if isinstance(value.get(key), str):
             value[key] = _resolved(value[key], key, folder, reader, files)
     recipe: Recipe = reader.check(Recipe, value, ())
-    return recipe
+    return _with_target(recipe)
+
+
+def _with_target(recipe: Recipe) -> Recipe:
+    """The recipe whose mixed bits are chosen for its target, where it has one only and names none."""
+    if len(recipe.targets) != 1:
+        return recipe
+
+    def filled(block: Block) -> Block:
+        how = block.settings
+        if not isinstance(how, PTQ) or how.mixed is None or how.mixed.target:
+            return block
+        return Block(block.kind, dataclasses.replace(how, mixed=dataclasses.replace(how.mixed, target=recipe.targets[0].name)))
+
+    return dataclasses.replace(recipe, compress=tuple(map(filled, recipe.compress)))
 
 
 def replace(

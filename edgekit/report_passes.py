@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from edgekit import front_chart
 from edgekit.recipe import SETTINGS
 
 __all__ = ["flat", "passes_of"]
@@ -20,6 +21,7 @@ def passes_of(record: Any) -> list[dict[str, Any]]:
         entry = dict(entry) if isinstance(entry, Mapping) else {"note": entry}
         title = next((str(entry.pop(k)) for k in ("name", "kind", "pass") if k in entry), f"pass {number}")
         tables, facts, notes = [], [], [str(n) for n in entry.pop("notes", []) or []]
+        front = front_chart.drawing(entry)
         for key, value in entry.items():
             rows = _rows(key, value)
             if rows:
@@ -27,7 +29,7 @@ def passes_of(record: Any) -> list[dict[str, Any]]:
                 tables.append({"title": key, "heads": heads, "rows": [[_plain(row.get(h, "")) for h in heads] for row in rows]})
             else:
                 facts += _changed(title, value) if key == "settings" else flat({key: value})
-        passes.append({"title": title, "facts": facts, "tables": tables, "notes": notes})
+        passes.append({"title": title, "facts": facts, "tables": tables, "notes": notes, "front": front})
     return passes
 
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from edgekit.compress.capture import Graph
+from edgekit.compress.ptq.budgets import Budget, budgets, storable
 from edgekit.compress.ptq.plan import Batches, make_plan, weight_bits
 from edgekit.compress.ptq.sensitivity import Switched, first_samples, sqnr_db
 from edgekit.compress.ptq.settings import PTQ, Mixed, WeightType, bits_of, stored_bits
-from edgekit.compress.ptq.simulate import simulate, taps
-from edgekit.compress.ptq.units import Unit, find_units, weight_of
+from edgekit.compress.ptq.simulate import simulate
+from edgekit.compress.ptq.units import Unit, find_units
 from edgekit.data import Data, batches
 from edgekit.errors import DataError, InputError
 
@@ -79,6 +80,8 @@ def choose_bits(
     units, unquantized = find_units(graph, settings.skip, stored_bits(settings.activations))
     layers = [u for u in units if u.weight is not None]
     choices = _choices(layers, units, settings, how)
+    if how.target:
+        choices = storable(graph, layers, choices, how.target)
     noises: dict[str, list[float]] = {u.name: [] for u in layers}
     samples = first_samples(graph, stream, how.samples)
     plans = {}
@@ -92,25 +95,28 @@ def choose_bits(
                 if progress:
                     progress(sum(map(len, noises.values())), sum(map(len, choices.values())))
     in_order = [[c for c in plans if c in choices[u.name]] for u in layers]
-    weights = [weight_of(graph, u)[0].numel() for u in layers]
-    size = [[w * bits_of(c) / 8 for c in found] for w, found in zip(weights, in_order, strict=True)]
-    macs = _macs(graph, layers, samples[0])
     zeros = [model.plan.activations[u.inputs[0].name].zero_point for u in layers]
-    bops = [
-        [m * bits_of(c) * float(_levels(zero, settings)) for c in found]
-        for m, zero, found in zip(macs, zeros, in_order, strict=True)
-    ]
-    cost = bops if how.bops is not None else size
-    whole = sum(m * 64.0 for m in macs) if how.bops is not None else float(sum(weights))
-    points = front(cost, [noises[u.name] for u in layers])
-    point = _picked(graph, settings, how, data, points, whole, layers, in_order, stream)
+    limits = budgets(graph, layers, in_order, settings, how, samples[0], zeros)
+    first, noise = limits[0], [noises[u.name] for u in layers]
+    points = front(first.costs, noise)
+    if how.max_accuracy_drop is not None:
+        score = _scorer(graph, settings, how, data, layers, in_order, stream)
+        point = _accurate([p for p in points if all(x.within(p.choice) for x in limits)] or points, score, how.max_accuracy_drop)
+    else:
+        point = _picked(points, limits, noise, how.target)
     bits = {u.name: found[i] for u, found, i in zip(layers, in_order, point.choice, strict=True)}
     scopes: dict[str, WeightType] = {**settings.scopes, **{re.escape(name): kind for name, kind in bits.items()}}
+    named = ["accuracy"] if how.max_accuracy_drop is not None else []
     record: dict[str, object] = {
-        "budget": "bops" if how.bops is not None else "size" if how.size is not None else "accuracy",
-        "cost_share": round(point.cost / whole, 4),
+        "budget": " and ".join([*named, *(x.name for x in limits if x.share is not None)]),
+        "cost": first.name,
+        "cost_share": round(first.cost(point.choice) / first.whole, 4),
+        "target": how.target,
+        "shares": {x.name: round(x.cost(point.choice) / x.whole, 4) for x in limits},
+        "limits": {x.name: x.share for x in limits if x.share is not None},
         "predicted_db": round(sqnr_db(model.signal, point.noise), 2),
-        "front": [{"cost_share": round(p.cost / whole, 4), "predicted_db": round(sqnr_db(model.signal, p.noise), 2)}
+        "bits": bits,
+        "front": [{"cost_share": round(p.cost / first.whole, 4), "predicted_db": round(sqnr_db(model.signal, p.noise), 2)}
                   for p in _thinned(points, 60)],
     }  # fmt: skip
     return replace(settings, scopes=scopes, mixed=None), record
@@ -124,38 +130,49 @@ def _choices(layers: Sequence[Unit], units: Sequence[Unit], settings: PTQ, how: 
     return {u.name: how.choices if fixed[u.name] != other[u.name] else (kinds[fixed[u.name]],) for u in layers}
 
 
-def _levels(zero_point: int, settings: PTQ) -> int:
-    """Bits of an activation: few where its zero point says so."""
-    few = bits_of(settings.activations)
-    return few if few < 8 and zero_point == 127 - ((1 << few) - 1) else stored_bits(settings.activations)
+def _picked(points: Sequence[Point], limits: Sequence[Budget], noise: Sequence[Sequence[float]], target: str) -> Point:
+    """The point of least noise within all limits.
 
-
-def _macs(graph: Graph, layers: Sequence[Unit], batch: tuple[torch.Tensor, ...]) -> list[int]:
-    """Multiply-accumulates of each layer for one sample."""
-    one = tuple(t[:1] for t in batch)
-    found = taps(graph.module, [u.nodes[0].name for u in layers], one)
-    return [found[u.nodes[0].name].numel() * weight_of(graph, u)[0][0].numel() for u in layers]
-
-
-def _picked(
-    graph: Graph, settings: PTQ, how: Mixed, data: Data, points: Sequence[Point], whole: float, layers: Sequence[Unit],
-    in_order: Sequence[Sequence[WeightType]], stream: Batches,
-) -> Point:  # fmt: skip
-    """The point of least noise within the budget, or the cheapest within the accuracy."""
-    share = how.bops if how.bops is not None else how.size
-    if share is not None:
-        within = [p for p in points if p.cost <= share * whole * (1 + 1e-9)]
-        if not within:
-            least = points[0].cost / whole
+    With two limits the second one's cost is added to the noise at a rising price (Lagrange relaxation): the best of all fronts
+    made so is near the best there is.
+    """
+    for limit in limits:
+        if limit.share is not None and limit.least > limit.share * (1 + 1e-9):
+            more = "cheapest bits make" if limit.name in ("instructions", "latency") else "fewest bits allowed make"
             raise InputError(
-                f"mixed: the fewest bits allowed make {least:.3f} of int8's {'bit operations' if how.bops else 'bytes'}, more "
-                f"than {share}; raise the budget, add choices, or set keep_first_last_8bit: false"
+                f"mixed: the {more} {limit.least:.3f} of int8's {_WORDS[limit.name]}, more than {limit.share}; raise the budget, "
+                f"{_remedy(limit.name, target)}"
             )
-        return min(within, key=lambda p: p.noise)
-    assert how.max_accuracy_drop is not None
-    score = _scorer(graph, settings, how, data, layers, in_order, stream)
-    least = score(None) - how.max_accuracy_drop
-    low, high = 0, len(points) - 1  # accuracy is taken to rise along the front
+    found = [p for p in points if all(x.within(p.choice) for x in limits)]
+    if len(limits) > 1:
+        second, scale = limits[1], max(sum(map(max, noise)), 1e-30) / limits[1].whole
+        for power in range(-20, 12):
+            price = scale * 2.0**power
+            priced = [[n + price * c for n, c in zip(ns, cs, strict=True)] for ns, cs in zip(noise, second.costs, strict=True)]
+            for p in front(limits[0].costs, priced):
+                if all(x.within(p.choice) for x in limits):
+                    total = sum(ns[i] for ns, i in zip(noise, p.choice, strict=True))
+                    found.append(Point(p.cost, total, p.choice))
+    if not found:
+        both = " and ".join(f"{x.name} {x.share}" for x in limits)
+        raise InputError(f"mixed: no choice of bits keeps both {both}; raise one of them")
+    return min(found, key=lambda p: (p.noise, p.cost))
+
+
+_WORDS = {"size": "bytes", "bops": "bit operations", "instructions": "instructions", "latency": "time"}
+
+
+def _remedy(budget: str, target: str) -> str:
+    if budget in ("instructions", "latency"):
+        return "or take a smaller model (lowrank): bits alone do not make this target faster"
+    stores = f", or another target: bits that {target} does not store were left out" if target else ""
+    return f"add choices, or set keep_first_last_8bit: false{stores}"
+
+
+def _accurate(points: Sequence[Point], score: Callable[[Point | None], float], drop: float) -> Point:
+    """The cheapest point within the accuracy, which is taken to rise along the front."""
+    least = score(None) - drop
+    low, high = 0, len(points) - 1
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if score(points[middle]) >= least else (middle + 1, high)

@@ -117,12 +117,16 @@ class Reconstruct:
 @dataclass(frozen=True, config=_FORBID, kw_only=True)
 class Mixed:
     """Bits chosen for each weighted layer: the least noise at the model's output within a budget, or the fewest bytes within an
-    accuracy. Give one of ``size``, ``bops`` and ``max_accuracy_drop``.
+    accuracy. Give one of ``size``, ``bops`` and ``max_accuracy_drop``, or ``instructions`` or ``latency``, or one of each group.
 
     Attributes:
-        choices: weight types to choose from; leave out what the targets do not store (ExecuTorch stores convolutions as int8).
+        choices: weight types to choose from; with a ``target``, those that it stores as they are.
         size: bytes of weights, as a share of those that 8-bit weights take.
         bops: bit operations (multiply-accumulates times weight bits times activation bits), as a share of those of int8.
+        instructions: instructions of the weighted layers on a Cortex-M ``target``, as a share of int8's, modelled from the
+            shipped table (`edgekit predict` says how far off it was). More than 1 is a sensible limit beside ``size``.
+        latency: time of the weighted layers on a host ``target``, likewise; the table is of one machine.
+        target: the target that costs and storage are of; the recipe's if it has one only.
         max_accuracy_drop: largest loss of the task metric on labelled training samples, rounded to nearest, in its unit.
         samples: calibration samples that noise is measured on.
         labelled: training samples that the metric is taken on.
@@ -131,14 +135,25 @@ class Mixed:
     choices: Annotated[tuple[WeightType, ...], Field(min_length=1)] = ("int8", "int4")
     size: Annotated[float, Field(gt=0, le=1)] | None = None
     bops: Annotated[float, Field(gt=0, le=1)] | None = None
+    instructions: Annotated[float, Field(gt=0)] | None = None
+    latency: Annotated[float, Field(gt=0)] | None = None
+    target: str = ""
     max_accuracy_drop: Annotated[float, Field(ge=0)] | None = None
     samples: Annotated[int, Field(ge=1)] = 64
     labelled: Annotated[int, Field(ge=1)] = 512
 
     def __post_init__(self) -> None:
-        given = [k for k in ("size", "bops", "max_accuracy_drop") if getattr(self, k) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of size, bops and max_accuracy_drop, found {' and '.join(given) or 'none'}")
+        def given(*names: str) -> list[str]:
+            return [k for k in names if getattr(self, k) is not None]
+
+        first, second = given("size", "bops", "max_accuracy_drop"), given("instructions", "latency")
+        if len(first) > 1 or (not first and not second):
+            raise ValueError(
+                "give exactly one of size, bops and max_accuracy_drop, or instructions or latency of a target; "
+                f"found {' and '.join(first) or 'none'}"
+            )
+        if len(second) > 1:
+            raise ValueError("give instructions for a Cortex-M target or latency for a host target, not both")
 
 
 @dataclass(frozen=True, config=_FORBID, kw_only=True)

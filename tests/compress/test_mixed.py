@@ -10,6 +10,7 @@ from float_models import Encoder, Modules, build
 from pydantic import ValidationError
 from torch import nn
 
+from edgekit import costs
 from edgekit.compress.capture import Graph, capture
 from edgekit.compress.ptq import PTQ
 from edgekit.compress.ptq.mixed import front
@@ -134,3 +135,48 @@ def test_what_cannot_be_is_said() -> None:
     model, x = build(Modules, 8)
     with pytest.raises(DataError, match="labelled"):
         quantize(capture(model, (x[:1],)), PTQ(mixed=Mixed(max_accuracy_drop=1.0)), Data(x))
+
+
+def test_instructions_beside_bytes_are_kept() -> None:
+    free = mixed(Modules, size=0.7)[1].facts
+    assert "instructions" not in free["shares"]
+    dear = mixed(Modules, size=0.7, instructions=10.0, target="cortex-m4")[1].facts
+    least = mixed(Modules, size=0.7, instructions=dear["shares"]["instructions"] - 1e-3, target="cortex-m4")[1]
+    assert least.facts["shares"]["instructions"] < dear["shares"]["instructions"]
+    assert least.facts["shares"]["size"] <= 0.7 and least.facts["budget"] == "size and instructions"
+
+
+def test_two_limits_against_all_choices() -> None:
+    """The best of all 2^4 choices within both, by the noises that were measured."""
+    from edgekit.compress.ptq.budgets import Budget
+    from edgekit.compress.ptq.mixed import _picked
+
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        draws = torch.rand(3, 6, 3, generator=generator).sort(2, descending=True).values
+        size, time, noise = draws[0].tolist(), draws[1].flip(1).tolist(), draws[2].flip(1).tolist()
+        limits = [Budget(n, tuple(map(tuple, c)), sum(map(max, c)), 0.7) for n, c in (("size", size), ("latency", time))]
+        every = [c for c in itertools.product(range(3), repeat=6) if all(x.within(c) for x in limits)]
+        best = min(sum(ns[i] for ns, i in zip(noise, c, strict=True)) for c in every)
+        found = _picked(front(limits[0].costs, noise), limits, noise, "")
+        assert all(x.within(found.choice) for x in limits) and found.noise <= 1.15 * best
+
+
+def test_only_what_the_target_stores_is_chosen() -> None:
+    choices = ("int8", "int4", "int2")
+    _, plan, _, _ = mixed(Modules, max_accuracy_drop=1e9, choices=choices, target="executorch")
+    assert {n: w.bits for n, w in plan.weights.items()} == {"features.0": 8, "features.3": 8, "features.6": 8, "head.3": 4}
+    _, plan, _, _ = mixed(Modules, max_accuracy_drop=1e9, choices=choices, target="tflite")
+    assert {n: w.bits for n, w in plan.weights.items()} == {"features.0": 4, "features.3": 4, "features.6": 4, "head.3": 2}
+
+
+@pytest.mark.skipif("tflite" not in costs.targets(), reason="the table comes with the next commit")
+def test_a_cost_that_bits_cannot_reach_is_said() -> None:
+    with pytest.raises(InputError, match="bits alone do not make this target faster"):
+        mixed(Modules, instructions=0.5, target="cortex-m4")
+    with pytest.raises(InputError, match="name one of"):
+        mixed(Modules, instructions=1.0)
+    with pytest.raises(InputError, match="give latency instead"):
+        mixed(Modules, instructions=1.0, target="tflite")
+    with pytest.raises(ValidationError, match="not both"):
+        Mixed(instructions=1.0, latency=1.0)

@@ -9,7 +9,9 @@ import pytest
 from core.sources import ROOT, imports, imports_at_import, modules
 
 MODULES = modules()
-BASE = ("edgekit.errors", "edgekit.files", "edgekit.artifact", "edgekit.data", "edgekit.frozen", "edgekit.nir")
+BASE = (
+    "edgekit.errors", "edgekit.files", "edgekit.artifact", "edgekit.data", "edgekit.costs", "edgekit.frozen", "edgekit.nir",
+)  # fmt: skip
 MAY_IMPORT = {
     "edgekit.compress": (*BASE, "edgekit.compress"),
     "edgekit.firmware_sim": (*BASE, "edgekit.firmware_sim"),

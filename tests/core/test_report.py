@@ -16,7 +16,7 @@ import torch
 from nets import images, residual_net
 from torch import nn
 
-from edgekit import environment, verify
+from edgekit import environment, front_chart, verify
 from edgekit.compress.ptq.settings import PTQ, Reconstruct
 from edgekit.compress.rewrite.settings import Rewrite
 from edgekit.data import Data
@@ -252,3 +252,16 @@ def test_a_sustained_run_is_drawn_to_scale(run: Path, tmp_path: Path) -> None:
     # from 100 to 120 and 5 % around the median of 110: the axis reaches from 100 to 120, and later is slower is higher
     assert {y for _, y in points[:10]} == {130.0} and {y for _, y in points[10:]} == {10.0}
     assert "medians of the first and the last quarter, 100.0 and 120.0 µs" in page
+
+
+def test_the_front_of_mixed_bits_is_drawn_with_the_choice_and_the_limit() -> None:
+    front = [{"cost_share": c, "predicted_db": d} for c, d in ((0.5, 10.0), (0.75, 20.0), (1.0, 30.0))]
+    entry = {"front": front, "cost_share": 0.75, "predicted_db": 20.0, "cost": "size", "limits": {"size": 0.8}}
+    drawn = front_chart.drawing(entry)
+    xs, ys = [p[0] for p in drawn["points"]], [p[1] for p in drawn["points"]]
+    assert xs == sorted(xs) and ys == sorted(ys, reverse=True), "more cost to the right, less noise up"
+    assert drawn["chosen"][:2] == drawn["points"][1][:2]
+    assert xs[1] < drawn["limit"] < xs[2] and len(drawn["x_ticks"]) == 5
+    assert front_chart.drawing({"layers": {}}) is None
+    one = front_chart.drawing({"front": front[:1], "cost_share": 0.5, "predicted_db": 10.0})
+    assert one["limit"] is None and one["points"][0][:2] == one["chosen"][:2]

@@ -95,7 +95,217 @@ def lava(folder: str, settings: dict[str, Any], arrays: Arrays) -> Arrays:
     return {**{name: np.stack(values, 1) for name, values in found.items()}, **lags}
 
 
-SIMULATORS = {"xylosim": (xylosim, "xylosim"), "lava": (lava, "lava-nc")}
+def _steps(net: Any, spikes: Any, start: Any) -> Any:
+    """Run a module of (x, state) -> (y, state) step by step; outputs (T, N, ...)."""
+    import torch
+
+    outputs, state = [], start
+    with torch.no_grad():
+        for x in torch.as_tensor(spikes, dtype=torch.float64):
+            y, state = net(x, state)
+            outputs.append(y)
+    return torch.stack(outputs).numpy()
+
+
+def _graph(folder: str, flatten_batch: bool) -> Any:
+    """The file's graph; where an importer's Flatten counts the batch as a dimension, so do the numbers in it."""
+    import nir
+    import torch
+
+    torch.set_default_dtype(torch.float64)
+    graph = nir.read(os.path.join(folder, "model.nir"))
+    for node in graph.nodes.values():
+        if flatten_batch and isinstance(node, nir.Flatten):
+            node.start_dim, node.end_dim = (int(d) + 1 if d >= 0 else int(d) for d in (node.start_dim, node.end_dim))
+    return graph
+
+
+def _recording(net: Any, names: Any) -> dict[str, list[Any]]:
+    """Hooks on modules of those names, which keep what each emits in a step and hand it on in float64."""
+    kept: dict[str, list[Any]] = {}
+    modules = dict(net.named_modules())
+
+    def hook(name: str) -> Any:
+        def keep(_module: Any, _given: Any, found: Any) -> Any:
+            spikes = (found[0] if isinstance(found, tuple) else found).double()
+            kept.setdefault(name, []).append(spikes.detach().clone().numpy())
+            return (spikes, *found[1:]) if isinstance(found, tuple) else spikes
+
+        return keep
+
+    for name in names:
+        modules[name].register_forward_hook(hook(name))
+    return kept
+
+
+def _found(kept: dict[str, list[Any]], output: Any) -> Arrays:
+    rasters = {f"spikes:{name}": np.stack(values).astype(np.int16) for name, values in kept.items()}
+    return {**rasters, **{f"lag:{name}": np.array(0) for name in kept}, "state:output": np.asarray(output)}
+
+
+def spikingjelly(folder: str, settings: dict[str, Any], arrays: Arrays) -> Arrays:
+    """SpikingJelly's own importer, in float64."""
+    import torch
+    from spikingjelly.activation_based.nir_exchange import import_from_nir
+
+    net = import_from_nir(_graph(folder, flatten_batch=False), dt=settings["dt"], dtype=torch.float64)
+    modules, batch = dict(net.named_modules()), arrays["spikes"].shape[1]
+    for name, how in settings["neurons"].items():
+        neuron = modules[name].module
+        neuron.v_threshold = how["threshold"]
+        if how["reset"] == "subtract":
+            neuron.v_reset = None
+        if np.any(how["v_init"]):
+            start = torch.as_tensor(how["v_init"], dtype=torch.float64)
+            neuron.v = start.expand(batch, *start.shape).clone() if start.dim() else float(start)
+    kept = _recording(net, settings["neurons"])
+    return _found(kept, _steps(net, arrays["spikes"], None))
+
+
+def snntorch(folder: str, settings: dict[str, Any], arrays: Arrays) -> Arrays:
+    """snnTorch's own importer, in float64."""
+    import torch
+    from snntorch.import_nir import import_from_nir
+
+    net = import_from_nir(_graph(folder, flatten_batch=True)).double()
+    modules = dict(net.named_modules())
+    for name, how in settings["neurons"].items():
+        neuron = modules[name]
+        neuron.threshold = torch.tensor(how["threshold"], dtype=torch.float64)
+        neuron.beta = torch.tensor(how["keeps"][0], dtype=torch.float64)
+        if len(how["keeps"]) > 1:
+            neuron.alpha = torch.tensor(how["keeps"][1], dtype=torch.float64)
+    kept = _recording(net, settings["neurons"])
+    return _found(kept, _steps(net, arrays["spikes"], None))
+
+
+def norse(folder: str, settings: dict[str, Any], arrays: Arrays) -> Arrays:
+    """Norse's own importer, in float64."""
+    import torch
+    from norse.torch.utils.import_nir import from_nir
+
+    net = from_nir(_graph(folder, flatten_batch=True), dt=settings["dt"], ignore_warnings=True).double()
+    modules = dict(net.named_modules())
+    for name, how in settings["neurons"].items():
+        p = modules[name].p
+        shape = torch.as_tensor(p.v_leak).shape
+        rate = torch.full(shape, (1 - how["keeps"][0]) / settings["dt"], dtype=torch.float64)
+        given = {"tau_mem_inv": rate, "v_th": torch.full(shape, how["threshold"], dtype=torch.float64)}
+        modules[name].p = p._replace(**given, v_leak=torch.zeros(shape, dtype=torch.float64)) if how["keeps"][0] < 1 else p
+    kept = _recording(net, settings["neurons"])
+    return _found(kept, _steps(net, arrays["spikes"], None))
+
+
+def sinabs(folder: str, settings: dict[str, Any], arrays: Arrays) -> Arrays:
+    """sinabs's own importer, in float64; it takes all steps at once."""
+    import types
+
+    sys.modules.setdefault("pylab", types.ModuleType("pylab"))  # it draws; nothing here does
+    import sinabs.activation as activation
+    import sinabs.nir
+    import torch
+
+    graph = _graph(folder, flatten_batch=False)
+    for node in graph.nodes.values():
+        for key in ("tau", "v_leak", "r", "v_threshold"):
+            if hasattr(node, key):
+                setattr(node, key, torch.as_tensor(getattr(node, key)))
+    steps, batch = arrays["spikes"].shape[:2]
+    net = sinabs.nir.from_nir(graph, batch_size=batch).double()
+    modules = dict(net.named_modules())
+    for name, how in settings["neurons"].items():
+        neuron = modules[name]
+        neuron.spike_fn, neuron.min_v_mem = activation.SingleSpike, None
+        neuron.reset_fn = activation.MembraneSubtract() if how["reset"] == "subtract" else activation.MembraneReset()
+        shape = graph.nodes[name].v_threshold.shape
+        neuron.spike_threshold.data = torch.tensor(how["threshold"], dtype=torch.float64)
+        start = torch.as_tensor(how["v_init"], dtype=torch.float64).expand(batch, *shape).clone()
+        neuron.register_buffer("v_mem", start)
+    kept = _recording(net, settings["neurons"])
+    spikes = torch.as_tensor(arrays["spikes"], dtype=torch.float64).transpose(0, 1).flatten(0, 1)
+    with torch.no_grad():
+        output = net(spikes)
+    output = output[0] if isinstance(output, tuple) else output
+
+    def unfolded(x: Any) -> Any:
+        return np.swapaxes(np.asarray(x).reshape(batch, steps, *np.shape(x)[1:]), 0, 1)
+
+    return _found({name: list(unfolded(values[0])) for name, values in kept.items()}, unfolded(output))
+
+
+def nest(folder: str, settings: dict[str, Any], arrays: Arrays) -> Arrays:
+    """NEST's ``iaf_psc_delta``, one sample after the other, a step of 1 ms; see edgekit.targets.neuromorphic.nest."""
+    import nest as engine
+
+    engine.set_verbosity("M_ERROR")
+    spikes = np.asarray(arrays["spikes"], np.float64).reshape(*arrays["spikes"].shape[:2], -1)
+    rasters: dict[str, list[Any]] = {layer["name"]: [] for layer in settings["layers"]}
+    for n in range(spikes.shape[1]):
+        for name, raster in _one_sample(engine, settings, arrays, spikes[:, n]).items():
+            rasters[name].append(raster)
+    found = {}
+    for layer in settings["layers"]:
+        stacked = np.stack(rasters[layer["name"]], 1)
+        found[f"spikes:{layer['name']}"] = stacked.reshape(*stacked.shape[:2], *layer["shape"])
+        found[f"lag:{layer['name']}"] = np.array(layer["lag"])
+    return found
+
+
+def _one_sample(engine: Any, settings: dict[str, Any], arrays: Arrays, spikes: Any) -> dict[str, Any]:
+    steps, layers = len(spikes), settings["layers"]
+    engine.ResetKernel()
+    engine.set(resolution=1.0, local_num_threads=1)
+    nodes = {settings["input"]: engine.Create("spike_generator", spikes.shape[1])}
+    for channel in range(spikes.shape[1]):
+        sent = np.flatnonzero(spikes[:, channel])
+        nodes[settings["input"]][channel].set(spike_times=(sent + 1.0).tolist(), spike_weights=spikes[sent, channel].tolist())
+    for layer in layers:
+        p = {key: arrays[f"{key}:{layer['name']}"] for key in ("tau", "threshold", "leak", "reset", "start")}
+        group = engine.Create("iaf_psc_delta", len(p["tau"]))
+        group.set(
+            E_L=p["leak"], V_th=p["threshold"], V_reset=p["reset"], tau_m=p["tau"], C_m=p["tau"], t_ref=0.0, V_min=-1e300,
+            V_m=p["start"],
+        )  # fmt: skip
+        nodes[layer["name"]] = group
+    recorders = {}
+    for layer in layers:
+        group = nodes[layer["name"]]
+        for at, source in enumerate(layer["sources"]):
+            _connect(engine, nodes[source["name"]], group, arrays[f"weights:{layer['name']}:{at}"], source["delay"])
+        constant = engine.Create("spike_generator", 1, {"spike_times": (np.arange(steps) + float(layer["lag"])).tolist()})
+        _connect(engine, constant, group, arrays[f"bias:{layer['name']}"][:, None], 1)
+        recorders[layer["name"]] = engine.Create("spike_recorder")
+        engine.Connect(group, recorders[layer["name"]])
+    last = max(layer["lag"] for layer in layers)
+    for time in range(1, last + 1):  # a layer's membranes begin when the first step's spikes arrive
+        engine.Simulate(1.0)
+        for layer in layers:
+            if layer["lag"] == time:
+                nodes[layer["name"]].set(V_m=arrays[f"start:{layer['name']}"])
+    engine.Simulate(float(steps))
+    rasters = {}
+    for layer in layers:
+        events, first = recorders[layer["name"]].events, nodes[layer["name"]][0].global_id
+        raster = np.zeros((steps + last, len(nodes[layer["name"]])), np.int16)
+        times = np.rint(events["times"]).astype(int) - 1
+        kept = (times >= layer["lag"]) & (times < steps + layer["lag"])
+        np.add.at(raster, (times[kept], events["senders"][kept] - first), 1)
+        rasters[layer["name"]] = raster
+    return rasters
+
+
+def _connect(engine: Any, before: Any, behind: Any, weights: Any, delay: int) -> None:
+    to, source = np.nonzero(weights)
+    if len(to):
+        ids = (np.array(before.tolist())[source], np.array(behind.tolist())[to])
+        spec = {"weight": weights[to, source], "delay": np.full(len(to), float(delay))}
+        engine.Connect(*ids, "one_to_one", spec)
+
+
+SIMULATORS = {
+    "xylosim": (xylosim, "xylosim"), "lava": (lava, "lava-nc"), "spikingjelly": (spikingjelly, "spikingjelly"),
+    "snntorch": (snntorch, "snntorch"), "norse": (norse, "norse"), "sinabs": (sinabs, "sinabs"), "nest": (nest, "nest-simulator"),
+}  # fmt: skip
 """Name to (function, package)."""
 
 

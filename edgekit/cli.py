@@ -131,11 +131,20 @@ def verify(
     device: Annotated[
         list[str] | None, typer.Option("--device", "-d", help="Run the files there instead (repeat for more), as for profile.")
     ] = None,
+    inputs: Annotated[
+        Path | None, typer.Option("--inputs", help="For a .nir file: spikes (T, N, ...) as .npy, or .npz with labels.")
+    ] = None,
     seed: Seed = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Prove that every file of a run computes what its frozen program computes."""
+    """Prove that every file of a run computes what its frozen program computes; or run a .nir file on simulators."""
+    if run.suffix == ".nir":
+        from edgekit import agreement
+
+        results = agreement.verify_file(run, device or ["sim:nir"], inputs)
+        console.print_json([found.to_json() for found in results]) if json else console.print_agreements(results)
+        raise typer.Exit(0 if all(found.ok for found in results) else 1)
     from edgekit import pipeline
 
     _finish(json, pipeline.verify, run, target, device, seed=seed)
@@ -262,11 +271,25 @@ def report(run: Run, json: Json = False, verbose: Verbose = False) -> None:
 
 @app.command()
 def describe(
-    program: Annotated[Path, typer.Argument(help="A frozen program (.pt2) or a run folder.", metavar="FILE.pt2")],
+    program: Annotated[Path, typer.Argument(help="A frozen program (.pt2), a .nir file or a run folder.", metavar="FILE")],
+    chip: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--chip",
+            help="Also check a .nir file against a chip's rules (repeat for more): xylo-audio-2, xylo-audio-3, xylo-imu, "
+            "dynapcnn, speck2f, loihi1, loihi2.",
+        ),
+    ] = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Print the layers of a frozen program: shapes, bits, parameters, MACs, bytes."""
+    """Print the layers of a frozen program: shapes, bits, parameters, MACs, bytes; or of a .nir file, and what chips it fits."""
+    if program.suffix == ".nir" or chip:
+        from edgekit import nir_description
+
+        about = nir_description.describe(program / "model.nir" if program.is_dir() else program, chip or ())
+        console.print_json(about.to_json()) if json else console.print_nir(about)
+        raise typer.Exit(0 if all(fit.ok for fit in about.fits) else 1)
     from edgekit.frozen import load
     from edgekit.frozen.describe import describe as describe_program
 

@@ -9,18 +9,22 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edgekit.agreement import Agreement
     from edgekit.compare import Comparison
     from edgekit.deploy import Deployment
     from edgekit.frozen.describe import Description
+    from edgekit.nir_description import NirDescription
     from edgekit.pipeline import Outcome, Progress
     from edgekit.profile import Profile
 
 __all__ = [
     "error",
+    "print_agreements",
     "print_comparison",
     "print_deployment",
     "print_description",
     "print_json",
+    "print_nir",
     "print_outcome",
     "print_profile",
     "print_table",
@@ -64,6 +68,43 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         table.add_row(*(Text(text(v, c)) for v, c in zip(row, columns, strict=True)))
     wide = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160)
     wide.print(table)
+
+
+def print_agreements(found: Sequence[Agreement]) -> None:
+    """Rasters of a NIR file on simulators, layer by layer."""
+    for one in found:
+        rows = [
+            [
+                r.name,
+                r.expected,
+                r.found,
+                r.differing,
+                r.values,
+                r.lag,
+                "-" if r.first is None else "step {}, sample {}, neuron {}".format(*r.first),
+            ]
+            for r in one.layers
+        ]
+        who = f"{one.simulator} {one.version}".strip()
+        title = f"{who}: {one.steps} steps of {one.samples} samples ({one.inputs})"
+        print_table(title, ["layer", "spikes expected", "found", "differing", "of", "lag", "first"], rows)
+        for note in one.notes:
+            print(f"  {note}")
+        if one.accuracy is not None:
+            print(f"  accuracy {one.accuracy:.2f} %, expected {one.expected_accuracy:.2f} %")
+        print(one.verdict())
+
+
+def print_nir(found: NirDescription) -> None:
+    """Layers of a NIR file, and what each chip says of it."""
+    print_table(f"{found.file}: input {found.inputs}, dt {found.dt:g}", found.columns, found.rows)
+    for fit in found.fits:
+        used = ", ".join(f"{what} {n:,} of {limit:,}" for what, (n, limit) in fit.used.items())
+        print(f"{fit.title}: {'fits' if fit.ok else 'does not fit'} ({used})")
+        for breach in fit.breaches:
+            print(f"  {breach}  [{breach.source}]")
+        for note in fit.notes:
+            print(f"  note: {note}")
 
 
 def print_description(found: Description) -> None:

@@ -43,6 +43,7 @@ DEVICES: dict[str, str] = {
     "local": "edgekit.devices.local",
     "qemu": "edgekit.devices.board",
     "qemu-aarch64": "edgekit.devices.emulated_linux",
+    "sim": "edgekit.devices.sim",
     "ssh": "edgekit.devices.ssh",
 }
 """Scheme to module; importing one starts nothing and imports no runtime."""

@@ -1,0 +1,187 @@
+"""Does a simulator, given a ``.nir`` file, spike as edgekit's interpreter does? ``edgekit verify FILE.nir --device sim:NAME``.
+
+Every neuron's raster is compared step by step; agreement is the number of spikes that differ, and the first node that differs in
+order of execution is named: all that follows may only follow from it. Chips are counted too, but their integers cannot be the
+float graph's spike for spike; what must be equal there is the vendor's simulator and edgekit's reference of the chip.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit import nir
+from edgekit.devices import connect, naming
+from edgekit.devices.sim import Rasters, SimulatorDevice
+from edgekit.errors import InputError
+from edgekit.files import sha256
+from edgekit.nir.semantics import flatten
+
+__all__ = ["Agreement", "LayerAgreement", "Spikes", "compare", "load_spikes", "random_spikes", "verify_file"]
+
+
+@dataclass(frozen=True)
+class Spikes:
+    """Input of a graph: ``values`` (T, N, *shape), labels (N,) or None, and where they are from."""
+
+    values: NDArray[Any]
+    labels: NDArray[Any] | None
+    source: str
+
+
+@dataclass(frozen=True)
+class LayerAgreement:
+    """A neuron node: spikes expected and found, values that differ, of how many, and where the first one does (step, sample,
+    neuron); ``lag`` is by how many steps the simulator's raster was moved."""
+
+    name: str
+    expected: int
+    found: int
+    differing: int
+    values: int
+    lag: int
+    first: tuple[int, int, int] | None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A file on a simulator.
+
+    Attributes:
+        file, sha256: what ran.
+        simulator, version: where; the version is "" for edgekit itself.
+        steps, samples, inputs: what it ran on.
+        exact: whether every spike has to be the expected one.
+        layers: in order of execution.
+        accuracy, expected_accuracy: percent of labelled samples whose most active output neuron is the label, there and as
+            expected; None without labels.
+        notes: what was rewritten or chosen.
+    """
+
+    file: str
+    sha256: str
+    simulator: str
+    version: str
+    steps: int
+    samples: int
+    inputs: str
+    exact: bool
+    layers: tuple[LayerAgreement, ...]
+    accuracy: float | None = None
+    expected_accuracy: float | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def differing(self) -> int:
+        """Values of all layers that differ."""
+        return sum(layer.differing for layer in self.layers)
+
+    @property
+    def ok(self) -> bool:
+        """Nothing differs that has to be equal."""
+        return not self.exact or self.differing == 0
+
+    @property
+    def first(self) -> str | None:
+        """The first layer, in order of execution, with a spike that differs."""
+        return next((layer.name for layer in self.layers if layer.differing), None)
+
+    def verdict(self) -> str:
+        """One sentence."""
+        total = sum(layer.values for layer in self.layers)
+        who = f"{self.simulator} {self.version}".strip()
+        if not self.differing:
+            return f"{self.file} on {who}: every spike of {len(self.layers)} layers is the expected one ({total:,} compared)"
+        what = f"{self.differing:,} of {total:,} values differ, first in layer {self.first}"
+        return f"{self.file} on {who}: {what}" + ("" if self.exact else "; the chip's integers are not the float graph's")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "ok": self.ok, "first": self.first, "differing": self.differing}
+
+
+def load_spikes(path: Path) -> Spikes:
+    """Input from a ``.npy`` (T, N, *shape), or from a ``.npz`` with ``spikes`` and, if there, ``labels`` (N,).
+
+    Raises:
+        InputError: there is no such file, or it holds something else.
+    """
+    path = Path(path)
+    try:
+        found = np.load(path, allow_pickle=False)
+        archive = {"spikes": found} if isinstance(found, np.ndarray) else dict(found)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: no .npy or .npz file that can be read ({error})") from error
+    if "spikes" not in archive or archive["spikes"].ndim < 3 or archive["spikes"].dtype.kind not in "biuf":
+        raise InputError(f"{path}: expected an array `spikes` of numbers (T, N, ...), found {', '.join(archive) or 'nothing'}")
+    spikes, labels = archive["spikes"], archive.get("labels")
+    if labels is not None and labels.shape != spikes.shape[1:2]:
+        raise InputError(f"{path}: labels have shape {labels.shape}, expected ({spikes.shape[1]},)")
+    return Spikes(spikes.astype(np.float64), labels, path.name)
+
+
+def random_spikes(graph: Any, steps: int = 32, samples: int = 4, share: float = 0.3, seed: int = 0) -> Spikes:
+    """Spikes at random, with ``share`` of the steps of each input neuron, where there is no data."""
+    flat = flatten(graph)
+    if len(flat.inputs) != 1 or (shape := flat.nodes[flat.inputs[0]].input_type["input"]) is None:
+        raise InputError("the graph has several inputs, or one without a shape; edgekit verifies graphs with one input")
+    size = (steps, samples, *(int(n) for n in np.atleast_1d(shape)))
+    values = (np.random.default_rng(seed).random(size) < share).astype(np.float64)
+    return Spikes(values, None, f"random spikes, {share:.0%} of the steps, seed {seed}")
+
+
+def verify_file(path: Path, devices: Sequence[str], inputs: Path | None = None, dt: float | None = None) -> list[Agreement]:
+    """Run a ``.nir`` file on simulators.
+
+    Args:
+        devices: such as ``sim:nest``.
+        inputs: see :func:`load_spikes`; without it random spikes.
+
+    Raises:
+        InputError: a device that is no simulator, or inputs that do not fit.
+        UnsupportedError: a simulator cannot express the graph; names the node and the reason.
+        FormatError, MissingTool, DeviceError: the file cannot be read, a simulator is not set up, or it failed.
+    """
+    graph = nir.read(path)
+    found = [connect(spec) for spec in dict.fromkeys(devices)]
+    if other := [device.name for device in found if not isinstance(device, SimulatorDevice)]:
+        raise InputError(f"{Path(path).name} is a NIR file and {other[0]} no simulator; use --device sim:NAME")
+    given = random_spikes(graph) if inputs is None else load_spikes(inputs)
+    results = []
+    for device in found:
+        with naming(device):
+            results.append(compare(Path(path), device.rasters(graph, given.values, dt), given))
+    return results
+
+
+def compare(path: Path, found: Rasters, given: Spikes) -> Agreement:
+    """Count where rasters differ from those that are expected."""
+    layers = tuple(_layer(name, raster, found.expected[name], found.lag[name]) for name, raster in found.spikes.items())
+    last = next(reversed(list(found.spikes)), None)
+    accuracy = [None, None] if last is None else [_accuracy(r[last], given.labels) for r in (found.spikes, found.expected)]
+    return Agreement(
+        file=path.name, sha256=sha256(path), simulator=found.simulator, version=found.version, steps=len(given.values),
+        samples=given.values.shape[1], inputs=given.source, exact=found.exact, layers=layers, accuracy=accuracy[0],
+        expected_accuracy=accuracy[1], notes=found.notes,
+    )  # fmt: skip
+
+
+def _layer(name: str, found: NDArray[Any], expected: NDArray[Any], lag: int) -> LayerAgreement:
+    a = found.reshape(*found.shape[:2], -1).astype(np.int64)
+    b = expected.reshape(*expected.shape[:2], -1).astype(np.int64)
+    differing = np.argwhere(a != b)
+    first = tuple(int(i) for i in differing[0]) if len(differing) else None
+    return LayerAgreement(name, int(b.sum()), int(a.sum()), len(differing), a.size, lag, first)  # type: ignore[arg-type]
+
+
+def _accuracy(raster: NDArray[Any], labels: NDArray[Any] | None) -> float | None:
+    if labels is None:
+        return None
+    counts = np.asarray(raster, np.float64).sum(0).reshape(raster.shape[1], -1)
+    return 100 * float((counts.argmax(1) == labels).mean())

@@ -1,0 +1,214 @@
+"""``sim:<name>``: a NIR graph on a simulator, on a chip's arithmetic, or in edgekit's own interpreter.
+
+=================  ==============================================================================================  ============
+name               what runs                                                                                       compared with
+=================  ==============================================================================================  ============
+nir                edgekit's float64 interpreter                                                                   -
+spikingjelly,      their own importers of NIR in float64, each in its environment, after                           nir: 0 differ
+snntorch, norse,   :func:`edgekit.targets.neuromorphic.dialects.legalize`
+sinabs
+nest               NEST's engine                                                                                   nir: 0 differ
+xylo, loihi2       the graph quantized to the chip, in edgekit's integer references                                nir: counted
+xylosim, lava      the same numbers in the vendors' models of the chips                                            xylo, loihi2: 0
+=================  ==============================================================================================  ============
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit import nir
+from edgekit.devices import simulators
+from edgekit.devices.simulation import simulate
+from edgekit.errors import InputError, MissingTool
+from edgekit.targets.neuromorphic import nest, to_loihi2, to_xylo
+from edgekit.targets.neuromorphic.dialects import DIALECTS, legalize
+from edgekit.targets.neuromorphic.layers import network
+
+__all__ = ["NAMES", "Rasters", "SimulatorDevice", "connect", "run"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Rasters:
+    """What a simulator did with a graph.
+
+    Attributes:
+        simulator, version: who it was; the version is "" for edgekit itself.
+        spikes: layer to raster (T, N, *shape), aligned to the input.
+        expected: what it is compared with, by layer.
+        lag: layer to the steps by which it was moved.
+        exact: whether every spike has to be the expected one.
+        outputs: what the output node gives, (T, N, ...), where it was recorded.
+        notes: what was rewritten, chosen or left out, in sentences.
+    """
+
+    simulator: str
+    version: str
+    spikes: Mapping[str, Array]
+    expected: Mapping[str, Array]
+    lag: Mapping[str, int]
+    exact: bool
+    outputs: Array | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SimulatorDevice:
+    """A simulator with the members of a device; see :mod:`edgekit.devices`. ``simulator`` is a name of :data:`NAMES`."""
+
+    name: str
+    simulator: str
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """It runs NIR files."""
+        return ("nir",)
+
+    def rasters(self, graph: Any, spikes: Array, dt: float | None = None) -> Rasters:
+        """Run a graph on input spikes (T, N, *shape); see :func:`run`."""
+        return run(self.simulator, graph, spikes, dt)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def connect(spec: str) -> SimulatorDevice:
+    """The simulator of ``sim:<name>``.
+
+    Raises:
+        InputError: there is no such simulator.
+        MissingTool: it is not set up.
+    """
+    name = spec.partition(":")[2]
+    if name not in NAMES:
+        raise InputError(f"device {spec!r}: no such simulator; choose one of: {', '.join(f'sim:{n}' for n in NAMES)}")
+    if name in simulators.SIMULATORS and name not in simulators.installed():
+        raise MissingTool(f"device {spec!r}: the simulator is not set up; run: edgekit setup-sim {name}")
+    return SimulatorDevice(f"sim:{name}", name)
+
+
+def run(simulator: str, graph: Any, spikes: Array, dt: float | None = None) -> Rasters:
+    """Run a graph on input spikes and give its rasters beside those that are expected.
+
+    Args:
+        spikes: (T, N, *shape). Chips are calibrated on the first half of the samples (on all, if there is one).
+
+    Raises:
+        UnsupportedError: the simulator cannot express the graph; names the node.
+        MissingTool, DeviceError: it is not set up, or it failed.
+    """
+    return _RUN[simulator](simulator, graph, np.asarray(spikes), dt)
+
+
+def _reference(graph: Any, spikes: Array, dt: float | None) -> tuple[dict[str, Array], Array | None]:
+    """Rasters of every neuron by the float64 interpreter, and the output where there is one."""
+    trace = nir.interpret(graph, spikes, dt=dt, record=None)
+    outputs = next(iter(trace.outputs.values())) if len(trace.outputs) == 1 else None
+    return {layer.name: trace.values[layer.name] for layer in network(graph).neurons}, outputs
+
+
+def _interpreter(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Rasters:
+    values, outputs = _reference(graph, spikes, dt)
+    return Rasters(simulator, "", values, values, dict.fromkeys(values, 0), True, outputs)
+
+
+def _importer(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Rasters:
+    legal = legalize(graph, simulator, dt)
+    with tempfile.TemporaryDirectory(prefix="edgekit-nir-") as folder:
+        path = Path(folder) / "model.nir"
+        nir.write(path, legal.graph)
+        found = simulate(simulator, legal.settings, {"spikes": spikes}, path)
+    values, _ = _reference(graph, spikes, dt)
+    rasters = {original: found.aligned(name, len(spikes)) for name, original in legal.names.items()}
+    lag = {original: found.lag[name] for name, original in legal.names.items()}
+    expected = {name: values[name] for name in rasters}
+    return Rasters(simulator, found.version, rasters, expected, lag, True, found.states["output"], legal.rewritten)
+
+
+def _nest(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Rasters:
+    made = nest.populations(graph, dt)
+    found = simulate("nest", made.settings, {**made.arrays, "spikes": spikes})
+    values, _ = _reference(graph, spikes, dt)
+    rasters = {name: found.aligned(name, len(spikes)) for name in made.names}
+    expected = {name: values[name] for name in made.names}
+    return Rasters(simulator, found.version, rasters, expected, found.lag, True, notes=made.rewritten)
+
+
+def _calibration(spikes: Array) -> Array:
+    return spikes[:, : max(1, spikes.shape[1] // 2)]
+
+
+def _xylo(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Rasters:
+    flat = spikes.reshape(*spikes.shape[:2], -1).astype(np.int64)
+    made = to_xylo.quantize(graph, _calibration(flat), dt)
+    rasters = to_xylo.rasters(made.network, made.places, flat)
+    lag = {name: late for name, (*_, late) in made.places.items()}
+    notes = (
+        f"weights shifted by {made.shift}, {made.clip:.0%} of the largest weight of a neuron is the range of its 8 bits",
+        f"calibrated on {_calibration(flat).shape[1]} samples: {made.difference:.2%} of the spikes differ in number",
+        *made.notes,
+    )
+    if simulator == "xylosim":
+        given = {f.name: value for f in fields(made.network) if isinstance(value := getattr(made.network, f.name), np.ndarray)}
+        settings = {name: getattr(made.network, name) for name in ("shift_in", "shift_rec", "shift_out")}
+        silent = np.zeros((max(lag.values()), *flat.shape[1:]), flat.dtype)
+        found = simulate("xylosim", settings, {**given, "spikes": np.concatenate([flat, silent])})
+        theirs = {
+            name: found.spikes[which][late : late + len(flat), :, first : first + size]
+            for name, (which, first, size, late) in made.places.items()
+        }
+        return Rasters(simulator, found.version, theirs, rasters, lag, True, notes=notes)
+    values, _ = _reference(graph, spikes, dt)
+    return _on_chip(simulator, rasters, values, lag, notes)
+
+
+def _loihi2(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Rasters:
+    flat = spikes.reshape(*spikes.shape[:2], -1).astype(np.int64)
+    made = to_loihi2.quantize(graph, _calibration(flat), dt)
+    rasters = to_loihi2.rasters(made.layers, flat)
+    lag = {one.name: at for at, one in enumerate(made.layers, 1)}
+    chosen = ", ".join(f"{one.name} {one.weight_exp} and {made.clips[one.name]:.0%}" for one in made.layers)
+    notes = (
+        f"exponent of the weights and share of the largest weight that is the range of 8 bits: {chosen}",
+        f"calibrated on {_calibration(flat).shape[1]} samples: {made.difference:.2%} of the spikes differ in number",
+        *made.notes,
+    )
+    if simulator == "lava":
+        names = ("name", "du", "dv", "threshold", "weight_exp", "bias_exp")
+        arrays = {f"{what}:{one.name}": getattr(one, what) for one in made.layers for what in ("weights", "bias")}
+        settings = {"layers": [{name: getattr(one, name) for name in names} for one in made.layers]}
+        found = simulate("lava", settings, {**arrays, "spikes": flat})
+        theirs = {name: found.aligned(name, len(flat)) for name in rasters}
+        return Rasters(simulator, found.version, theirs, rasters, found.lag, True, notes=notes)
+    values, _ = _reference(graph, spikes, dt)
+    return _on_chip(simulator, rasters, values, lag, notes)
+
+
+def _on_chip(
+    simulator: str, rasters: Mapping[str, Array], values: Mapping[str, Array], lag: Mapping[str, int], notes: tuple[str, ...]
+) -> Rasters:
+    spikes = {name: raster.reshape(values[name].shape) for name, raster in rasters.items()}
+    return Rasters(simulator, "", spikes, {name: values[name] for name in spikes}, lag, False, notes=notes)
+
+
+_RUN: Mapping[str, Callable[[str, Any, Array, float | None], Rasters]] = {
+    "nir": _interpreter,
+    **dict.fromkeys(DIALECTS, _importer),
+    "nest": _nest,
+    "xylo": _xylo,
+    "xylosim": _xylo,
+    "loihi2": _loihi2,
+    "lava": _loihi2,
+}
+
+NAMES = tuple(_RUN)
+"""What may stand behind ``sim:``."""

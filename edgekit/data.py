@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from edgekit.errors import DataError, EdgekitError, ModelError, cause
 
@@ -60,7 +60,7 @@ class Data:
 
 
 def batches(
-    source: Source, batch_size: int = 32, *, inputs: int | None = None, what: str = "data"
+    source: Source, batch_size: int = 32, *, inputs: int | None = None, what: str = "data", samples: int | None = None
 ) -> Iterator[tuple[Tensor, ...]]:
     """Stream a source as tuples of tensors (B, ...), B at most ``batch_size``.
 
@@ -68,6 +68,8 @@ def batches(
         source: see the module; batches of a loader larger than ``batch_size`` are split, smaller ones are left as they are.
         inputs: keep and check only the first that many tensors of each batch (drops labels); None keeps all.
         what: how errors call this source.
+        samples: no more than these, evenly spread over tensors and datasets, which may be sorted; of a loader or a function, whose
+            order is its own, the first ones.
 
     Raises:
         DataError: no samples, not tensors, lengths that differ, float16/float64 values, NaN or Inf (with the sample's number).
@@ -75,12 +77,14 @@ def batches(
     if batch_size < 1:
         raise DataError(f"{what}: batch size {batch_size}; expected 1 or more")
     count = 0
-    for batch in _guarded(source, batch_size, what):
+    for batch in _guarded(source if samples is None else _spread(source, samples), batch_size, what):
         tensors = _checked(_tensors(batch, what)[:inputs], count, what)
-        size = len(tensors[0])
+        size = len(tensors[0]) if samples is None else min(len(tensors[0]), samples - count)
         for start in range(0, size, batch_size):
-            yield tuple(t[start : start + batch_size] for t in tensors)
+            yield tuple(t[start : min(start + batch_size, size)] for t in tensors)
         count += size
+        if samples is not None and count >= samples:
+            break
     if count == 0:
         raise DataError(f"{what}: it is empty; give at least one sample")
 
@@ -171,6 +175,19 @@ def _pair(evaluation: Any) -> tuple[Tensor | tuple[Tensor, ...], Tensor | None]:
     if labels is not None and any(len(t) != len(labels) for t in inputs if t.ndim and labels.ndim):
         raise DataError(f"evaluation: {len(inputs[0])} inputs and {len(labels)} labels; they must have the same number")
     return inputs if isinstance(x, tuple | list) else inputs[0], labels
+
+
+def _spread(source: Source, samples: int) -> Source:
+    """Every so manieth sample of what has a known length and is longer."""
+    tensors = (source,) if isinstance(source, Tensor | np.ndarray) else source
+    whole = isinstance(tensors, tuple | list) and bool(tensors) and all(isinstance(t, Tensor | np.ndarray) for t in tensors)
+    sizes = {t.shape[0] if t.ndim else 0 for t in tensors} if whole else set()
+    sized = isinstance(source, Dataset) and not isinstance(source, IterableDataset) and hasattr(source, "__len__")
+    total = sizes.pop() if len(sizes) == 1 else len(source) if sized else 0
+    if total <= samples:
+        return source
+    chosen = [i * total // samples for i in range(samples)]
+    return Subset(source, chosen) if sized else tuple(t[chosen] for t in tensors)
 
 
 def _guarded(source: Source, batch_size: int, what: str) -> Iterator[Any]:

@@ -204,16 +204,13 @@ _Stream = Callable[[int], Any]
 
 
 def _stream(model: nn.Module, settings: LowRank, calibration: Source) -> _Stream:
-    """Batches of the first so many calibration samples, on the model's device."""
+    """Batches of so many calibration samples, spread over all, on the model's device."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def stream(samples: int) -> Any:
-        done = 0
-        for batch in batches(calibration, settings.batch_size, inputs=input_count(model), what="calibration"):
-            yield tuple(t[: samples - done].to(device) for t in batch)
-            done += len(batch[0])
-            if done >= samples:
-                return
+        inputs = input_count(model)
+        for batch in batches(calibration, settings.batch_size, inputs=inputs, what="calibration", samples=samples):
+            yield tuple(t.to(device) for t in batch)
 
     return stream
 

@@ -80,7 +80,7 @@ class LowRank:
         exclude: regular expressions (full match) of layers to leave alone.
         min_features: layers with fewer inputs or outputs are left alone (an image's 3 channels times the kernel count).
         iterations: of ``snmf`` and ``tucker``.
-        samples: calibration samples used by ``svd_data`` and budgets.
+        samples: calibration samples used by ``svd_data`` and budgets, spread as for ``ptq``.
         batch_size: calibration batch.
         seed: of ``random`` and ``snmf``.
     """

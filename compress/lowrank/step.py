@@ -181,12 +181,9 @@ def graph_moments(
 def _calibration(graph: Graph, settings: LowRank, data: Data, samples: int) -> Any:
     from edgekit.compress.ptq.plan import fit
 
-    done = 0
-    for batch in batches(data.calibration, settings.batch_size, inputs=len(graph.sample), what="calibration"):
-        yield from fit(graph, [tuple(t[: samples - done] for t in batch)])
-        done += len(batch[0])
-        if done >= samples:
-            return
+    inputs = len(graph.sample)
+    for batch in batches(data.calibration, settings.batch_size, inputs=inputs, what="calibration", samples=samples):
+        yield from fit(graph, [batch])
 
 
 def _outputs(graph: Graph, settings: LowRank, data: Data) -> Callable[[Mapping[str, Tensor]], Sequence[Tensor]]:

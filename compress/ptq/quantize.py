@@ -127,18 +127,15 @@ def train(
 
 
 def calibration_stream(graph: Graph, settings: Quantization, data: Data, progress: Progress | None = None) -> Batches:
-    """Makes fresh streams of the first ``settings.samples`` calibration samples, labels dropped."""
+    """Makes fresh streams of ``settings.samples`` calibration samples, spread over all, labels dropped."""
 
     def stream() -> Iterator[tuple[Tensor, ...]]:
-        done = 0
-        for batch in batches(data.calibration, settings.batch_size, inputs=len(graph.sample), what="calibration"):
-            part = tuple(t[: settings.samples - done] for t in batch)
-            yield part
-            done += len(part[0])
+        done, size = 0, settings.batch_size
+        for batch in batches(data.calibration, size, inputs=len(graph.sample), what="calibration", samples=settings.samples):
+            yield batch
+            done += len(batch[0])
             if progress:
                 progress("calibrate", done, settings.samples)
-            if done >= settings.samples:
-                return
 
     return stream
 

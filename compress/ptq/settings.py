@@ -44,7 +44,7 @@ class Quantization:
         keep_first_last_8bit: the first and the last weighted layer keep 8-bit weights whatever ``weights`` says.
         scopes: regular expression (full match on the layer's name) to weight type; the first that fits wins, before all else.
         skip: regular expressions (full match) of layers left in float.
-        samples: calibration samples used.
+        samples: calibration samples used, spread evenly over tensors and datasets; the first ones of a loader.
         batch_size: calibration batch.
         seed: seed of everything random.
     """

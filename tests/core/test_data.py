@@ -45,6 +45,18 @@ def test_every_kind_of_source_gives_the_same_samples(name: str) -> None:
     assert torch.equal(torch.cat(only), X)
 
 
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_few_samples_are_spread_where_the_length_is_known(name: str) -> None:
+    """Sorted data would otherwise calibrate on its first classes."""
+    spread = name in ("tensors", "arrays", "dataset")
+    for samples, wanted in ((3, [0, 3, 6] if spread else [0, 1, 2]), (10, [*range(10)]), (99, [*range(10)])):
+        for size in (2, 32):
+            found = list(batches(SOURCES[name], size, samples=samples))
+            assert torch.cat([y for _, y in found]).tolist() == wanted and all(len(x) <= size for x, _ in found)
+            assert torch.equal(torch.cat([x for x, _ in found]), X[wanted])
+    assert len(list(batches(X, 4, samples=8))) == 2 and next(batches(X, 4, samples=1))[0].tolist() == [X[0].tolist()]
+
+
 def test_a_stream_is_never_held_whole() -> None:
     made = 0
 

@@ -68,8 +68,8 @@ def batches(
         source: see the module; batches of a loader larger than ``batch_size`` are split, smaller ones are left as they are.
         inputs: keep and check only the first that many tensors of each batch (drops labels); None keeps all.
         what: how errors call this source.
-        samples: no more than these, evenly spread over tensors and datasets, which may be sorted; of a loader or a function, whose
-            order is its own, the first ones.
+        samples: no more than these, evenly spread over tensors and datasets, which may be sorted; of a loader or a function,
+            whose order is its own, the first ones.
 
     Raises:
         DataError: no samples, not tensors, lengths that differ, float16/float64 values, NaN or Inf (with the sample's number).

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from edgekit.compress.capture import Graph
-from edgekit.compress.spiking.judge import for_choice, split_training
+from edgekit.compress.spiking.judge import Judge, for_choice, for_report, split_training
 from edgekit.compress.spiking.measure import course, points
 from edgekit.compress.spiking.settings import Spiking
 from edgekit.compress.spiking.step import Made, make
@@ -21,6 +24,15 @@ _CHOOSING = 1000
 
 
 @dataclass(frozen=True)
+class _Limits:
+    """The budget; ``score`` is what a network needs on the samples to choose by."""
+
+    score: float | None
+    steps: int | None
+    synops: float | None
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A network that was tried, stopped after ``steps``."""
 
@@ -29,30 +41,35 @@ class Candidate:
     steps: int
     score: float
     synops: float
+    error: float = 0.0
 
 
 def choose(graph: Graph, settings: Spiking, data: Data, progress: Callable[[str, int, int], None]) -> Made:
     """Try the methods at rising numbers of steps; make the one that is chosen on all data.
 
-    With ``target_accuracy``: the fewest SynOps that reach it. Without: the best score within the other limits.
+    With ``target_accuracy``: the fewest SynOps that reach it. Without: the best score within the other limits. A model knows its
+    training samples better than others: where there are labelled evaluation samples, a network may lose on the former what the
+    float model has to spare on the latter, and one standard error less.
 
     Raises:
         InputError: none fits; says what came nearest.
     """
     kept, held = split_training(data, settings.seed)
     judge = for_choice(graph, data, held, _CHOOSING, settings.batch_size)
+    limits = _limits(graph, settings, data, judge)
     most = settings.max_timesteps or _STEPS[-1]
     tried: list[Candidate] = []
     for how in _plans(settings, data, most):
-        if how.method == "qcfs" and any(_fits(c, settings) for c in tried) and settings.target_accuracy is not None:
+        if how.method == "qcfs" and any(_fits(c, limits) for c in tried) and settings.target_accuracy is not None:
             break  # training is the dear way
         made = make(graph, how, kept if how.method == "qcfs" else data, progress)
         found = course(made.net, judge.batches)
         for t in points(how.steps) if how.method == "qcfs" else [how.steps]:
-            tried.append(Candidate(how.method, how, t, judge.score(found.outputs[t - 1]), float(found.synops[t - 1])))
-    fitting = [c for c in tried if _fits(c, settings)]
+            score = judge.score(found.outputs[t - 1])
+            tried.append(Candidate(how.method, how, t, score, float(found.synops[t - 1]), _error(score, judge)))
+    fitting = [c for c in tried if _fits(c, limits)]
     if not fitting:
-        raise InputError(_nearest(tried, settings, judge.what))
+        raise InputError(_nearest(tried, settings, limits, judge.what))
     if settings.target_accuracy is not None:
         best = min(fitting, key=lambda c: (c.synops, c.steps))
     else:
@@ -61,7 +78,9 @@ def choose(graph: Graph, settings: Spiking, data: Data, progress: Callable[[str,
         graph, replace(best.settings, steps=best.steps, levels=best.settings.levels or best.settings.steps), data, progress
     )
     made.figures |= {"chosen": f"{best.method} at {best.steps} steps", "chosen on": judge.what}
-    made.tables["tried for the budget"] = [_row(c, settings, c is best) for c in tried]
+    if limits.score is not None:
+        made.figures["score needed there"] = round(limits.score, 3)
+    made.tables["tried for the budget"] = [_row(c, limits, c is best) for c in tried]
     return made
 
 
@@ -75,16 +94,39 @@ def _plans(settings: Spiking, data: Data, most: int) -> list[Spiking]:
     return plans
 
 
-def _fits(c: Candidate, settings: Spiking) -> bool:
+def _limits(graph: Graph, settings: Spiking, data: Data, judge: Judge) -> _Limits:
+    needed = settings.target_accuracy
+    if needed is not None and data.evaluation is not None and data.evaluation[1] is not None and not judge.of_float:
+        report = for_report(graph, data, _CHOOSING, settings.batch_size)
+        known, other = (j.score(_float_outputs(graph, j)) for j in (judge, report))
+        needed += max(0.0, known - other)
+    return _Limits(needed, settings.max_timesteps, settings.max_synops)
+
+
+def _float_outputs(graph: Graph, judge: Judge) -> Tensor:
+    with torch.no_grad():
+        found = [graph.module(*b) for b in judge.batches]
+    return torch.cat([f[0] if isinstance(f, tuple | list) else f for f in found])
+
+
+def _error(score: float, judge: Judge) -> float:
+    """Standard error of a share in percent; 0 for another metric."""
+    if not judge.percent or judge.labels is None:
+        return 0.0
+    share = min(max(score / 100, 0.0), 1.0)
+    return 100 * float((share * (1 - share) / len(judge.labels)) ** 0.5)
+
+
+def _fits(c: Candidate, limits: _Limits) -> bool:
     return (
-        (settings.target_accuracy is None or c.score >= settings.target_accuracy)
-        and (settings.max_timesteps is None or c.steps <= settings.max_timesteps)
-        and (settings.max_synops is None or c.synops <= settings.max_synops)
+        (limits.score is None or c.score - c.error >= limits.score)
+        and (limits.steps is None or c.steps <= limits.steps)
+        and (limits.synops is None or c.synops <= limits.synops)
     )
 
 
-def _row(c: Candidate, settings: Spiking, best: bool) -> dict[str, Any]:
-    verdict = "chosen" if best else "fits" if _fits(c, settings) else "outside the budget"
+def _row(c: Candidate, limits: _Limits, best: bool) -> dict[str, Any]:
+    verdict = "chosen" if best else "fits" if _fits(c, limits) else "outside the budget"
     return {
         "method": c.method,
         "steps": c.steps,
@@ -94,13 +136,14 @@ def _row(c: Candidate, settings: Spiking, best: bool) -> dict[str, Any]:
     }
 
 
-def _nearest(tried: list[Candidate], settings: Spiking, what: str) -> str:
+def _nearest(tried: list[Candidate], settings: Spiking, limits: _Limits, what: str) -> str:
     asked = ", ".join(
         f"{k} {v:g}" for k in ("target_accuracy", "max_timesteps", "max_synops") if (v := getattr(settings, k)) is not None
     )
-    within = [c for c in tried if _fits(c, replace(settings, target_accuracy=None, max_synops=settings.max_synops or 1e300))]
+    within = [c for c in tried if _fits(c, replace(limits, score=None))]
+    wanted = "" if limits.score is None else f", where {limits.score:.2f} and a standard error were needed"
     best = max(within, key=lambda c: c.score) if within else min(tried, key=lambda c: c.synops)
     return (
         f"spiking: no method meets {asked}; nearest is {best.method} at {best.steps} steps with {best.score:.2f} ({what}) and "
-        f"{best.synops:.0f} SynOps a sample; ask for less, or train longer (epochs)"
+        f"{best.synops:.0f} SynOps a sample{wanted}; ask for less, or train longer (epochs)"
     )

@@ -121,9 +121,14 @@ def _least_squares(columns: Tensor, largest: Tensor, steps: int, v_init: float) 
 
 
 def balance(net: SpikingNet, seen: Mapping[str, Tensor], settings: Spiking) -> None:
-    """Set threshold, amplitude and initial membrane of every layer from the activations alone."""
+    """Set threshold, amplitude and initial membrane of every layer from the activations alone.
+
+    A spike of a neuron that may spike ``spikes`` times a step stands for that part of the threshold.
+    """
     for name, site in net.sites.items():
-        _set(net.neuron(name), threshold_of(seen[site.node], settings, net.steps, site.cap), settings)
+        neuron = net.neuron(name)
+        levels = net.steps * neuron.spikes
+        _set(neuron, threshold_of(seen[site.node], settings, levels, site.cap) / neuron.spikes, settings)
 
 
 def _set(neuron: Neuron, threshold: Tensor, settings: Spiking) -> None:
@@ -135,6 +140,8 @@ def _set(neuron: Neuron, threshold: Tensor, settings: Spiking) -> None:
 def calibrate(net: SpikingNet, graph: Graph, batch: Sequence[Tensor], settings: Spiking) -> list[Layer]:
     """Thresholds and corrections of every layer, in place, from the activations of ``graph``, the network without time."""
     seen = activations(graph, list(net.sites.values()), batch)
+    if net.frames:  # one value of each frame, and neurons have one mean over them
+        seen = {k: v.reshape(net.steps, -1, *v.shape[1:]).mean(0) for k, v in seen.items()}
     balance(net, seen, settings)
     return correct(net, batch, settings, seen)
 
@@ -172,6 +179,9 @@ class _Walk(fx.Interpreter):
         wanted = self.seen[site.node]
         layer = Layer(site.name, _text(neuron.threshold))
         out: Tensor = neuron(current)
+        if neuron.leaky or neuron.reset == "zero" or neuron.spikes > 1:
+            out = self._matched(neuron, current, wanted)
+            layer.threshold = _text(neuron.threshold)
         producer = self.producers.get(name)
         layer.gap_before = self._gap(producer, out, wanted)
         if name in self.learned:
@@ -184,12 +194,24 @@ class _Walk(fx.Interpreter):
             layer.correction = "initial membrane of each neuron"
             out = neuron(current)
         layer.error, layer.gap = self._error(out, wanted), self._gap(producer, out, wanted)
-        rates = self._mean(out) / neuron.threshold
+        rates = self._mean(out) / (neuron.threshold if neuron.amplitude is None else neuron.amplitude)
         layer.rate = float(rates.mean())
         silent = float((rates.amax(0) == 0).float().mean())
         full = float((rates.mean(0) > 0.95).float().mean())
         layer.figures = {"silent neurons %": round(100 * silent, 1), "saturated neurons %": round(100 * full, 1)}
         self.layers.append(layer)
+        return out
+
+    def _matched(self, neuron: Neuron, current: Tensor, wanted: Tensor) -> Tensor:
+        """The threshold, of a few times what a spike stands for, whose mean output is nearest to the activation."""
+        start, first = neuron.threshold.data.clone(), neuron.v_init.clone()
+        tried = []
+        for share in (0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0):
+            neuron.threshold.data, neuron.v_init = start * share, first * share
+            tried.append((self._error(neuron(current), wanted), share))
+        best = min(tried)[1]
+        neuron.threshold.data, neuron.v_init = start * best, first * best
+        out: Tensor = neuron(current)
         return out
 
     def _mean(self, folded: Tensor) -> Tensor:

@@ -19,12 +19,17 @@ _HELD_OUT = 0.125
 
 @dataclass(frozen=True)
 class Judge:
-    """Samples in batches, and a score of outputs (N, ...) on them; ``what`` says in words what it is."""
+    """Samples in batches, and a score of outputs (N, ...) on them; ``what`` says in words what it is.
+
+    ``of_float``: the labels are the float model's own answers; ``percent``: the score is a share in percent.
+    """
 
     batches: tuple[tuple[Tensor, ...], ...]
     score: Callable[[Tensor], float]
     what: str
     labels: Tensor | None = None
+    of_float: bool = False
+    percent: bool = True
 
 
 def split_training(data: Data, seed: int = 0) -> tuple[Data, tuple[Tensor, ...] | None]:
@@ -64,7 +69,7 @@ def _labelled(data: Data, xs: tuple[Tensor, ...], y: Tensor, size: int, what: st
         return 100 * float((outputs.flatten(1).argmax(1) == y).float().mean())
 
     name = data.metric if isinstance(data.metric, str) else getattr(data.metric, "__name__", "metric")
-    return Judge(_parts(xs, size), score, f"{name} on {what}", y)
+    return Judge(_parts(xs, size), score, f"{name} on {what}", y, percent=not callable(data.metric))
 
 
 def _agreement(graph: Graph, data: Data, most: int, size: int) -> Judge:
@@ -81,7 +86,7 @@ def _agreement(graph: Graph, data: Data, most: int, size: int) -> Judge:
     def score(outputs: Tensor) -> float:
         return 100 * float((outputs.flatten(1).argmax(1) == wanted).float().mean())
 
-    return Judge(tuple(taken), score, f"same class as the float model on {count} calibration samples", wanted)
+    return Judge(tuple(taken), score, f"same class as the float model on {count} calibration samples", wanted, of_float=True)
 
 
 def _parts(xs: Sequence[Tensor], size: int) -> tuple[tuple[Tensor, ...], ...]:

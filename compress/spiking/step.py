@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from edgekit.compress.capture import Graph
 from edgekit.compress.spiking import qcfs
 from edgekit.compress.spiking.amplitude import fold_amplitudes
-from edgekit.compress.spiking.calibrate import Layer, activations, balance, calibrate, correct, threshold_of
+from edgekit.compress.spiking.calibrate import Layer, activations, calibrate, correct, threshold_of
 from edgekit.compress.spiking.freeze import stateless
 from edgekit.compress.spiking.graph import Site, Survey, average_pools, free_batches, rectifiers_first, survey
 from edgekit.compress.spiking.judge import Judge, for_report
@@ -65,7 +65,7 @@ def spiking(
         from edgekit.compress.spiking.confidence import choose_exit
 
         table, figures = choose_exit(net, graph, settings, data, judge)
-        made.tables["early exit"] = table
+        made.tables["early exit front"] = table
         made.figures["early exit"] = figures
     if net.steps == 1:
         made.net = net = stateless(net)
@@ -203,8 +203,7 @@ def _train(graph: Graph, found: Survey, settings: Spiking, data: Data, batch: tu
         )
 
     net = unroll(graph, found, neuron, first, frames=settings.frames)
-    seen = activations(graph, found.sites, batch)
-    balance(net, seen, replace(settings, threshold="percentile", per_channel=False))
+    calibrate(net, graph, batch, replace(settings, per_channel=False, correct="bias"))
     fold_amplitudes(net)
     judge = for_report(graph, data, _REPORTED, settings.batch_size)
     stages: list[dict[str, Any]] = []

@@ -7,7 +7,7 @@ chosen on samples apart from those it is judged on, by exact replay of recorded 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,8 +20,21 @@ from edgekit.compress.spiking.measure import course
 from edgekit.compress.spiking.settings import Spiking
 from edgekit.compress.spiking.unroll import SpikingNet
 from edgekit.data import Data
+from edgekit.errors import InputError
+from edgekit.frozen import FrozenProgram
 
-__all__ = ["Exit", "Point", "choose_exit", "choose_threshold", "confidences", "front", "replay", "temperature_of"]
+__all__ = [
+    "Exit",
+    "Point",
+    "choose_exit",
+    "choose_threshold",
+    "confidences",
+    "exit_of",
+    "front",
+    "replay",
+    "run_early",
+    "temperature_of",
+]
 
 NEVER = 1.01
 """A threshold that no confidence exceeds."""
@@ -106,8 +119,9 @@ def choose_exit(
     rule = Exit(temperature, chosen.threshold)
     tested = _sums(net, judge)
     steps, outputs = replay(tested, rule)
+    shown = [*points[:: -(-len(points) // 20)], points[-1]] if len(points) > 20 else points
     table = [
-        {"threshold": round(p.threshold, 4), "mean steps": round(p.steps, 3), choosing.what: round(p.score, 3)} for p in points
+        {"threshold": round(p.threshold, 4), "mean steps": round(p.steps, 3), choosing.what: round(p.score, 3)} for p in shown
     ]
     by_size = steps.double().sort().values
     return table, {
@@ -130,3 +144,29 @@ def _oracle(sums: Tensor, labels: Tensor) -> float:
 def _sums(net: SpikingNet, judge: Judge) -> Tensor:
     means = course(net, judge.batches).outputs
     return means * torch.arange(1, len(means) + 1).view(-1, *[1] * (means.dim() - 1))
+
+
+def run_early(
+    program: FrozenProgram, x: Tensor, rule: Exit, progress: Callable[[int, int], None] | None = None
+) -> tuple[Tensor, Tensor]:
+    """A frozen spiking program with early exit: outputs (N, classes), means over the steps taken, and these steps (N,).
+
+    The same samples stop at the same steps as in :func:`replay` of its recorded outputs. Raises as
+    :func:`edgekit.frozen.stepping.steps_of`.
+    """
+    from edgekit.frozen.stepping import run_until
+
+    return run_until(program, x, lambda sums, _: confidences(sums, rule.temperature) > rule.threshold, progress)
+
+
+def exit_of(record: Mapping[str, Any]) -> Exit:
+    """The rule that a recipe with ``early_exit`` chose, from its compress.json.
+
+    Raises:
+        InputError: there is none.
+    """
+    for entry in record.get("passes", ()):
+        if "early exit" in entry:
+            found = entry["early exit"]
+            return Exit(float(found["temperature"]), float(found["threshold"]))
+    raise InputError("the run has no early exit; add `early_exit: {}` to its spiking block")

@@ -197,7 +197,7 @@ def free_batches(graph: Graph) -> Graph:
     for node in list(module.graph.nodes):
         if node.op == "call_function" and operator_name(node) == "reshape":
             shape = list(node.args[1])
-            sizes = [i for i, d in enumerate(shape) if isinstance(d, fx.Node) and operator_name(d) == "sym_size"]
+            sizes = [i for i, d in enumerate(shape) if isinstance(d, fx.Node)]
             if len(sizes) == 1 and -1 not in shape:
                 node.args = (node.args[0], [-1 if i in sizes else d for i, d in enumerate(shape)])
     module.graph.eliminate_dead_code()

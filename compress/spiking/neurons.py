@@ -111,6 +111,7 @@ class Neuron(nn.Module):
 
     Attributes:
         amplitude: what a spike stands for, as ``threshold``; 1 once it is folded into the layers that read it.
+        recorded: membranes after each step (T, N, ...) of the last call, if ``record``.
     """
 
     def __init__(
@@ -138,6 +139,8 @@ class Neuron(nn.Module):
         self.v_init: Tensor
         self.register_buffer("v_init", torch.as_tensor(v_init, dtype=torch.float32))
         self.amplitude: Tensor | None = None
+        self.record = False
+        self.recorded: Tensor | None = None
         self.carried = False
         self.state: Tensor | None = None
 
@@ -154,14 +157,19 @@ class Neuron(nn.Module):
         sequence = x.reshape(self.steps, -1, *x.shape[1:])
         v = self.state if self.carried and self.state is not None else self.v_init.expand_as(sequence[0])
         out = []
+        membranes = []
         for i in sequence:
             v = self.integrate(v, i)
             s = fire(v, self.threshold, self.surrogate, self.spikes)
             back = s.detach() if self.detach_reset else s
             v = v - self.threshold * back if self.reset == "subtract" else v * (1 - back.clamp(max=1))
             out.append(s)
+            if self.record:
+                membranes.append(v)
         if self.carried:
             self.state = v
+        if self.record:
+            self.recorded = torch.stack(membranes)
         spikes = torch.stack(out).reshape(x.shape)
         return spikes if self.amplitude is None else spikes * self.amplitude
 
@@ -181,18 +189,18 @@ class Decode(nn.Module):
     """Mean over time: (T*N, ...) to (N, ...); summed in the order of ``edgekit::accumulate``.
 
     Attributes:
-        kept: the outputs of all steps, (T, N, ...), of the last call, if ``keep``.
+        recorded: what came in at each step (T, N, ...) in the last call, if ``record``.
     """
 
     def __init__(self, steps: int) -> None:
         super().__init__()
-        self.steps, self.keep = steps, False
-        self.kept: Tensor | None = None
+        self.steps, self.record = steps, False
+        self.recorded: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         sequence = x.reshape(self.steps, -1, *x.shape[1:])
-        if self.keep:
-            self.kept = sequence.detach()
+        if self.record:
+            self.recorded = sequence
         total = sequence[0]
         for part in sequence[1:]:
             total = total + part

@@ -38,7 +38,7 @@ class Steps:
     done: int = 0
 
     def step(self, x: Tensor) -> Tensor:
-        """Take one step; ``x``: the program's input for the samples that still run. Returns the sum of outputs so far (N, ...)."""
+        """Take one step with the program's input for the samples that still run; returns the sum of outputs so far (N, ...)."""
         with torch.no_grad():
             result = _Step(self).run(x)
         self.done += 1

@@ -47,11 +47,11 @@ def network(name: str) -> nn.Sequential:
 def samples(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x_train, y_train, x_test, y_test: float32 from 0 to 1, (N, C, H, W), and int64."""
     if name == "cifar10_jpeg":
-        return _cifar(1500, 200)
+        return _cifar(1500, 100)
     with np.load(DATA / ("fsdd_logmel.npz" if name == "fsdd" else "mnist.npz")) as z:
         x, y, xt, yt = (torch.from_numpy(z[k]) for k in ("x_train", "y_train", "x_test", "y_test"))
     if name.startswith("mnist"):
-        x, y, xt, yt = x[:20000], y[:20000], xt[:2000], yt[:2000]
+        x, y, xt, yt = x[:20000], y[:20000], xt[:1000], yt[:1000]
     return x.float().unsqueeze(1) / 255, y.long(), xt.float().unsqueeze(1) / 255, yt.long()
 
 

@@ -20,7 +20,7 @@ from edgekit.compress.ptq.freeze import freeze
 from edgekit.compress.ptq.plan import Plan
 from edgekit.compress.ptq.quantize import Progress, quantize, train
 from edgekit.compress.ptq.units import find_units
-from edgekit.data import Data, sample_inputs
+from edgekit.data import Data, batches, sample_inputs
 from edgekit.errors import InputError
 from edgekit.frozen import FrozenProgram
 
@@ -98,7 +98,7 @@ def apply(
             raise InputError(f"compress: `{block.kind}` stands after `spiking`, which ends the network; put it before")
         state = _STEPS[block.kind](state, block, data, progress)
     if state.spiking is not None:
-        return _spiking_program(state, graph, name)
+        return _spiking_program(state, graph, name, blocks[-1].settings, data)
     if state.plan is None and any(b.kind == "binary" for b in blocks):
         raise InputError("compress: `binary` needs `ptq` after it, which makes the 1-bit operators and int8 of the rest")
     plan = state.plan or _float_plan(state.graph)
@@ -182,15 +182,26 @@ def _spiking(state: _State, block: _Block, data: Data, progress: Progress | None
     return replace(state, spiking=net, passes=(*state.passes, entry), warnings=(*state.warnings, *warnings))
 
 
-def _spiking_program(state: _State, captured: Graph, name: str) -> Compressed:
+def _spiking_program(state: _State, captured: Graph, name: str, settings: Any, data: Data) -> Compressed:
     from edgekit.compress.spiking.freeze import freeze_spiking
 
     assert state.spiking is not None
     program = freeze_spiking(state.spiking, name)
+    warnings = [*_never_run(captured), *state.warnings]
+    if settings.weights != "float":
+        from edgekit.compress.spiking.integer import integer_program
+
+        samples = next(iter(batches(data.calibration, settings.samples, inputs=len(state.spiking.sample), what="calibration")))
+        program, layers = integer_program(program, samples, int(settings.weights.removeprefix("int")))
+        state.passes[-1]["integers"] = [asdict(layer) for layer in layers]
+        if coarse := [layer.neuron for layer in layers if layer.coarse]:
+            warnings.append(
+                f"spiking: thresholds of {', '.join(coarse)} are under 16 units of current, which rounding shifts much"
+            )
     record = {
         "passes": list(state.passes),
         "unquantized": [[u.layer, u.op, u.reason] for u in program.unquantized],
-        "warnings": [*_never_run(captured), *state.warnings],
+        "warnings": warnings,
     }
     return Compressed(program, state.spiking.module, record)
 

@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from edgekit.artifact import Artifact, Coverage, Mismatch, TensorSpec
-from edgekit.errors import FormatError, InputError, ParityError
+from edgekit.errors import ParityError
 from edgekit.frozen import FrozenProgram
 from edgekit.nir import Trace, interpret, read, write
 from edgekit.nir.from_program import to_nir
+from edgekit.nir.inference import encode, read_out
 from edgekit.nir.semantics import FIRING, INTEGRATING, flatten, kind
 
 __all__ = ["EXTRA", "SUFFIX", "Options", "available", "inspect", "lower", "readback", "run", "taps"]
@@ -113,8 +114,8 @@ def run(
     graph = read(path)
     found: list[list[np.ndarray]] = []
     for i in range(0, len(inputs[0]), _BATCH):
-        trace = interpret(graph, _encode(path, graph, [x[i : i + _BATCH] for x in inputs]))
-        found.append([_readout(graph, y) for y in trace.outputs.values()])
+        trace = interpret(graph, encode(graph, [x[i : i + _BATCH] for x in inputs], f"{path}: "))
+        found.append([read_out(graph, y) for y in trace.outputs.values()])
         if progress:
             progress(min(i + _BATCH, len(inputs[0])), len(inputs[0]))
     return [np.concatenate(column) for column in zip(*found, strict=True)]
@@ -123,38 +124,13 @@ def run(
 def taps(path: Path, program: FrozenProgram, sample: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """What each neuron of the file emits for one sample, in the program's layout (T, ...), by layer name."""
     graph = read(path)
-    trace: Trace = interpret(graph, _encode(path, graph, [x[:1] for x in sample]), record=None)
+    trace: Trace = interpret(graph, encode(graph, [x[:1] for x in sample], f"{path}: "), record=None)
     layers = {layer.name: layer for layer in program.layers}
     return {
         name: trace.values[name].astype(np.float32).reshape(layers[name].shape)
         for name, node in graph.nodes.items()
         if kind(node) in FIRING + INTEGRATING and name in layers and trace.values[name].size == np.prod(layers[name].shape)
     }
-
-
-def _encode(path: Path, graph: Any, inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    names = flatten(graph).inputs
-    if len(inputs) != len(names):
-        raise InputError(f"{path}: {len(inputs)} inputs given, it takes {len(names)}")
-    facts = graph.metadata
-    if not {"steps", "encoding", "readout"} <= set(facts):
-        raise FormatError(f"{path}: its metadata do not say steps, encoding and readout; export it again, or run it in Python")
-    steps = int(facts["steps"])
-    encoded = {}
-    for name, x in zip(names, inputs, strict=True):
-        x = np.asarray(x, np.float64)
-        sequence = x.swapaxes(0, 1) if facts["encoding"] == "sequence" and x.ndim > 1 else np.broadcast_to(x, (steps, *x.shape))
-        if len(sequence) != steps:
-            raise InputError(f"{path}, input {name}: {len(sequence)} time steps given, {steps} expected")
-        encoded[name] = sequence
-    return encoded
-
-
-def _readout(graph: Any, y: np.ndarray) -> np.ndarray:
-    if graph.metadata["readout"] == "sequence":
-        return y.swapaxes(0, 1).astype(np.float32)
-    total: np.ndarray = y.sum(0) * float(graph.metadata.get("gain", 1.0))
-    return total.astype(np.float32)
 
 
 def _differences(found: Any, expected: Any) -> Iterator[Mismatch]:

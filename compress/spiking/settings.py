@@ -65,6 +65,7 @@ class Spiking:
         max_timesteps: budget of ``auto``.
         max_synops: budget of ``auto``: accumulates for one sample that spikes cause.
         early_exit: choose a threshold at which a sample stops early.
+        weights: ``float``, or the integer form: weights of so many bits, int16 currents and membranes, which firmware runs.
         samples: calibration samples used.
         batch_size: samples of a batch in measurements.
         seed: seed of everything random.
@@ -99,6 +100,7 @@ class Spiking:
     max_timesteps: Annotated[int, Field(ge=1, le=1024)] | None = None
     max_synops: Annotated[float, Field(gt=0)] | None = None
     early_exit: EarlyExit | None = None
+    weights: Literal["float", "int8", "int4", "int2"] = "float"
     samples: Annotated[int, Field(ge=1)] = 128
     batch_size: Annotated[int, Field(ge=1)] = 64
     seed: int = 0

@@ -132,14 +132,15 @@ def q15_step(v: Tensor, current: Tensor, decay: Tensor) -> Tensor:
     return (leaked + current).clamp(-32768, 32767)
 
 
-def current_bounds(weight: Tensor, bias: Tensor, spikes_max: int = 1) -> tuple[int, int]:
-    """Smallest and largest value that any partial sum of ``bias + sum(weight * x)`` can take, for x in 0 .. ``spikes_max``.
+def current_bounds(weight: Tensor, bias: Tensor, spikes_max: int = 1, spikes_min: int = 0) -> tuple[int, int]:
+    """Smallest and largest value of any partial sum of ``bias + sum(weight * x)``, x in ``spikes_min`` (<= 0) .. ``spikes_max``.
 
     A layer fits an int16 accumulator in any order of summation if this lies within -32768 .. 32767.
     """
     w, b = weight.flatten(1).to(torch.int64), bias.to(torch.int64)
-    low = spikes_max * w.clamp(max=0).sum(1) + b.clamp(max=0)
-    high = spikes_max * w.clamp(min=0).sum(1) + b.clamp(min=0)
+    negative, positive = w.clamp(max=0).sum(1), w.clamp(min=0).sum(1)
+    low = spikes_max * negative + spikes_min * positive + b.clamp(max=0)
+    high = spikes_max * positive + spikes_min * negative + b.clamp(min=0)
     return int(low.min()), int(high.max())
 
 

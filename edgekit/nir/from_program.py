@@ -74,6 +74,8 @@ class _Export:
                     raise self._error(error, self.names.get(node.name, node.name)) from error
             elif node.op == "output":
                 self._outputs(node)
+        if "steps" not in self.facts and any(type(n).__name__ == "Threshold" for n in self.nodes.values()):
+            self.facts |= {"steps": 1, "encoding": "repeat", "readout": "accumulate", "gain": 1.0}  # one step has no state
         if "steps" not in self.facts:
             raise self._error(Refused("it has no time steps", "target nir takes spiking programs"), "")
         return nir.NIRGraph(self.nodes, self.edges, metadata=self.facts, type_check=False)

@@ -17,6 +17,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from edgekit.cli import app
+from edgekit.compress.spiking.integer import integer_program
 from edgekit.errors import EdgekitError, FormatError, InputError, UnsupportedError
 from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module
 from edgekit.nir import interpret, read, write
@@ -242,6 +243,30 @@ def test_what_nir_cannot_hold_is_refused_by_layer() -> None:
             to_nir(freeze_module(Net(part).eval(), (x,)))
     with pytest.raises(UnsupportedError, match="it has no time steps; target nir takes spiking programs"):
         to_nir(freeze_module(nn.Linear(3, 3), (torch.rand(1, 3),)))
+
+
+def test_a_network_of_one_step_is_a_network_of_thresholds(tmp_path: Path) -> None:
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+            self.register_buffer("level", torch.full((8,), 0.1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.b((self.a(x) >= self.level).to(torch.float32))
+            return y
+
+    x = torch.rand(5, 6)
+    net = One()
+    program = freeze_module(net, (x,))
+    NIR.lower(program, tmp_path / "model.nir")
+    graph = read(tmp_path / "model.nir")
+    assert sorted(type(n).__name__ for n in graph.nodes.values()) == ["Affine", "Affine", "Input", "Output", "Threshold"]
+    assert graph.metadata["steps"] == 1 and verified(program, tmp_path / "model.nir", x).ok
+    np.testing.assert_allclose(NIR.run(tmp_path / "model.nir", [x.numpy()])[0], program.run(x)[0], atol=1e-6)
+    integers, _ = integer_program(program, (x,))
+    assert torch.equal(integers.trace(x[:1])["ge"].float(), (net.a(x[:1]) >= 0.1).float())
 
 
 def test_steps_must_be_known_and_inputs_fit(tmp_path: Path) -> None:

@@ -1,0 +1,124 @@
+"""Spiking programs in integers: what is folded, that currents cannot leave int16, how close they stay to the float program."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from spiking_nets import STEPS, Conv, conv_program, dense_program, neuron
+from torch import Tensor, nn
+
+from edgekit.compress.spiking.integer import integer_program
+from edgekit.errors import ModelError
+from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module, load, save
+
+
+def by_hand(program: FrozenProgram, x: Tensor) -> np.ndarray:
+    """The dense net's spikes in Python integers, adding weights spike by spike; x (T, 6) of 0 and 1."""
+    layers = {layer.name: layer.args for layer in program.layers}
+    spikes = [[int(v) for v in row] for row in x]
+    for synapse, cell in (("fc1", "spike1"), ("fc2", "spike2")):
+        a, n = layers[synapse], layers[cell]
+        w, b = a["weight"].tolist(), a["bias"].tolist()
+        thr, dec, start = (np.broadcast_to(n[k].numpy(), len(b)).astype(int).tolist() for k in ("threshold", "decay", "v_init"))
+        v, rows = list(start), []
+        for row in spikes:
+            out = []
+            for o in range(len(b)):
+                current = b[o]
+                for f, count in enumerate(row):
+                    for _ in range(count):
+                        current += w[o][f]
+                        assert -32768 <= current <= 32767
+                v[o] = min(max((v[o] if dec[o] == 32767 else (v[o] * dec[o] + 0x4000) // 32768) + current, -32768), 32767)
+                s = min(max(v[o] // thr[o], 0), int(n["max_spikes"]))
+                v[o] = v[o] - s * thr[o] if n["reset"] == "subtract" else (0 if s else v[o])
+                out.append(s)
+            rows.append(out)
+        spikes = rows
+    return np.array(spikes)
+
+
+@pytest.mark.parametrize("kind", ["if", "lif"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("changes", [{}, {"reset": "zero", "v_init": 0.25}, {"max_spikes": 3}, {"v_leak": 0.1}])
+def test_the_program_is_its_integers_and_close_to_the_float_one(kind: str, bits: int, changes: dict[str, Any]) -> None:
+    changes = changes if kind == "lif" else {k: v for k, v in changes.items() if k != "v_leak"}
+    program, x = dense_program(kind, **changes)
+    made, layers = integer_program(program, (x,), bits)
+    found, real = made.run(x)[0], program.run(x)[0]
+    for i in range(3):
+        assert np.array_equal(found[i].numpy(), by_hand(made, x[i]))
+    assert (found != real).float().mean() < (0.06 if bits == 8 else 0.35)
+    assert [layer.neuron for layer in layers] == ["spike1", "spike2"] and not any(layer.coarse for layer in layers if bits == 8)
+
+
+def test_no_input_can_bring_a_current_out_of_int16() -> None:
+    """A wide layer of equal weights: the unit grows until the worst spikes fit."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fold, self.fc = FrozenOp("fold_steps", 1, {}), nn.Linear(600, 3)
+            self.spike, self.out = neuron("if", 2, v_threshold=100.0), FrozenOp("unfold_steps", 1, {}, steps=2)
+            with torch.no_grad():
+                self.fc.weight.fill_(0.5)
+                self.fc.weight[1].neg_()
+                self.fc.bias.fill_(3.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.out(self.spike(self.fc(self.fold(x))))
+            return y
+
+    x = (torch.rand(2, 2, 600) < 0.5).float()
+    program, (layer,) = integer_program(freeze_module(Wide(), (x,)), (x,))
+    assert -32768 <= layer.bounds[0] < -20000 and 20000 < layer.bounds[1] <= 32767
+    weight, bias = (program.layer("fc").args[k].int() for k in ("weight", "bias"))
+    assert weight.abs().max() < 127  # fewer than its bits
+    worst = bias + weight.sum(1)
+    assert layer.bounds[1] >= int(worst.max()) and layer.bounds[0] <= int(worst.min())
+    assert torch.equal(program.trace(torch.ones(1, 2, 600))["fc"][0].int(), worst)
+    # inputs that were never seen are clamped before they count
+    assert torch.equal(program.trace(torch.full((1, 2, 600), 9.0))["fc"][0].int(), worst)
+
+
+@pytest.mark.parametrize("kind", ["if", "lif"])
+def test_images_convolutions_and_pools(kind: str, tmp_path: Any) -> None:
+    program, x = conv_program(kind, v_threshold=0.4 if kind == "if" else 0.15, v_init=0.1)
+    made, layers = integer_program(program, (x,))
+    assert [x.op for x in made.layers] == [
+        "quantize", "qconv2d", "repeat_steps", "qlif_sequence", "spike_sum_pool2d", "spiking_conv2d", "qlif_sequence", "qreshape",
+        "spiking_linear", "qaccumulate", "dequantize",
+    ]  # fmt: skip
+    assert made.layer("conv1").shape[0] == 1 and made.layer("spike1").shape[0] == STEPS  # a constant input counts once
+    real, whole = program.trace(x[:1]), made.trace(x[:1])
+    for name in ("spike1", "spike2"):
+        assert 0.02 < real[name].mean() < 0.9
+        assert (real[name] != whole[name]).float().mean() < 0.05
+    y, z = program.run(x)[0], made.run(x)[0]
+    assert (y - z).abs().max() < 0.1 * y.abs().max()
+    assert not made.unquantized and not [f for f in made.float_layers if f.macs]
+    assert layers[-1].threshold is None
+    save(made, tmp_path / "frozen.pt2")
+    assert torch.equal(load(tmp_path / "frozen.pt2").run(x)[0], z)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"spike1": neuron("cuba_lif")}, "layer spike1: CubaLIF has no integer form"),
+        ({"spike1": neuron("lif", reset="value", v_reset=0.5)}, "layer spike1: it resets to a value"),
+        ({"spike1": neuron("lif", tau=torch.rand(4, 8, 8) + 1)}, "differs within a channel"),
+        ({"spike1": neuron("lif", tau=0.5)}, "time constant is shorter than a step"),
+        ({"spike1": nn.Identity(), "pool": nn.Identity(), "conv2": nn.Conv2d(4, 6, 7)}, "its current goes to conv2"),
+        ({"pool": nn.AvgPool2d(8, 8, 0), "conv2": nn.Conv2d(4, 24, 1), "spike1": neuron("if", max_spikes=9)}, "do not fit int8"),
+    ],
+)
+def test_what_has_no_integer_form_is_refused_by_layer(change: dict[str, nn.Module], sentence: str) -> None:
+    net, x = Conv("if"), torch.rand(2, 1, 8, 8)
+    for name, part in change.items():
+        net.set_submodule(name, part)
+    with pytest.raises(ModelError, match=sentence):
+        integer_program(freeze_module(net, (x,)), (x,))

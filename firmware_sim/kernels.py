@@ -8,7 +8,20 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-__all__ = ["HEADERS", "KERNEL_SETS", "RUNTIME", "SEMIHOST", "SOURCES", "conv2d_scratch", "depthwise_scratch", "linear_scratch"]
+__all__ = [
+    "HEADERS",
+    "KERNEL_SETS",
+    "RUNTIME",
+    "SEMIHOST",
+    "SOURCES",
+    "binary_band",
+    "binary_planes_scratch",
+    "binary_rows_scratch",
+    "binary_vectors_scratch",
+    "conv2d_scratch",
+    "depthwise_scratch",
+    "linear_scratch",
+]
 
 KERNEL_SETS = ("portable", "dsp", "mve")
 """In the order of ``EK_SET``: plain C, SMLAD (Armv7E-M, Armv8-M with DSP), and MVE (Armv8.1-M)."""
@@ -16,9 +29,14 @@ KERNEL_SETS = ("portable", "dsp", "mve")
 RUNTIME = Path(str(files("edgekit.firmware_sim") / "runtime"))
 """The folder of the C files."""
 
-HEADERS = ("edgekit.h", "internal.h")
+HEADERS = ("edgekit.h", "internal.h", "bits.h")
 SOURCES = (
     "startup.c",
+    "binarize.c",
+    "binary_planes.c",
+    "binary_rows.c",
+    "binary_vectors.c",
+    "bits.c",
     "check.c",
     "conv2d.c",
     "depthwise.c",
@@ -65,3 +83,37 @@ def depthwise_scratch(kernel_set: str, channels: int, kernel: tuple[int, int], w
     """Bytes of scratch that ``ek_depthwise_s8`` needs; the same in every kernel set."""
     taps = kernel[0] * kernel[1]
     return _up(4 * taps + 4, 16) + _up(channels, 16) + (0 if weight_bits == 8 else taps * channels)
+
+
+def binary_rows_scratch(in_c: int, groups: int, kernel: tuple[int, int]) -> int:
+    """Bytes of scratch that ``ek_binary_rows`` needs; the same in every kernel set."""
+    return 4 * kernel[0] * kernel[1] * (_up(in_c // groups, 32) // 32)
+
+
+def binary_vectors_scratch(kernel_set: str, in_c: int, out_c: int) -> int:
+    """Bytes of scratch that ``ek_binary_vectors`` needs."""
+    lanes = 4 if kernel_set == "mve" else 1
+    return 4 * (_up(_up(out_c, 32) // 32, 4) + (in_c // 16 + 8) * lanes + in_c // 2 + 8)
+
+
+BAND_BYTES = 16384
+"""``EK_BAND_BYTES``: what the inputs of the positions at hand may take of scratch, if 32 positions do not take more."""
+
+
+def binary_band(kernel_set: str, taps: int, in_c: int, positions: int) -> int:
+    """Words of 32 positions that ``ek_binary_planes`` works on at a time."""
+    lanes = 4 if kernel_set == "mve" else 1
+    most = max(BAND_BYTES // (4 * taps * in_c * lanes), 1) * lanes
+    whole = _up(_up(positions, 32) // 32, lanes)
+    return _up(-(-whole // -(-whole // most)), lanes)
+
+
+def binary_planes_scratch(
+    kernel_set: str, in_c: int, groups: int, kernel: tuple[int, int], out: tuple[int, int], planes: int
+) -> int:
+    """Bytes of scratch that ``ek_binary_planes`` needs; ``out``: height and width."""
+    lanes, taps = 4 if kernel_set == "mve" else 1, kernel[0] * kernel[1]
+    band, k = binary_band(kernel_set, taps, in_c, out[0] * out[1]), taps * in_c // groups
+    kinds = [min(n, (size + 1) * (size + 2) // 2) for n, size in zip(out, kernel, strict=True)]
+    words = taps * in_c * band + band + planes * band + 32 * band + (k // 8 + 8) * lanes + k + 8 + taps
+    return 4 * (words + 3 * 32 * band + 2 * min(32 * band, kinds[0] * kinds[1]))

@@ -20,7 +20,7 @@ from edgekit.firmware_sim.toolchain import Firmware, Project, build
 
 OPERATIONS = (
     "conv2d", "depthwise", "linear", "add", "mul", "requant", "clamp", "lut", "softmax", "average", "maximum", "mean", "concat",
-    "pad", "gather", "quantize", "dequantize", "crc", "scale",
+    "pad", "gather", "quantize", "dequantize", "crc", "scale", "binarize", "binary_vectors", "binary_planes", "binary_rows",
 )  # fmt: skip
 SOURCE = Path(__file__).parent / "firmware_sim" / "kernels.c"
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -53,9 +53,9 @@ class Case:
         return b"".join(parts)
 
 
-def firmware(board: str, folder: Path, memory: int, kernel_set: int | None = None) -> Firmware:
+def firmware(board: str, folder: Path, memory: int, kernel_set: int | None = None, *defines: str) -> Firmware:
     """The test firmware for a board, with ``memory`` bytes for the arrays of a case."""
-    chosen = () if kernel_set is None else (f"-DEK_SET={kernel_set}",)
+    chosen = (*defines, *(() if kernel_set is None else (f"-DEK_SET={kernel_set}",)))
     return build(Project(BOARDS[board], (SOURCE,), defines=(f"-DMEMORY={memory}", *chosen), stack_bytes=1536), folder)
 
 

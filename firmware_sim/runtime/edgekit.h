@@ -84,6 +84,49 @@ typedef struct {
 
 void ek_linear_s8(const ek_linear *p, const int8_t *x, int8_t *y, void *scratch);
 
+/* ---- 1-bit layers
+ *
+ * Packed signs: bit 1 is +1, bit 0 is -1. A position holds ceil(channels / 32) words, channel c in bit c % 32 of word c / 32; bits behind the
+ * last channel are 0. acc = sum of w * x over the taps inside the input, an exact integer: taps outside add nothing.
+ *
+ * Weights lie in rows, packed as signs are: out_c rows of kernel_h * kernel_w times ceil(in_c / groups / 32) words. y = acc >= thresholds[o] (int32,
+ * packed out), or clamp(requantized(acc + base[o]) + out_zp) (int8 out). With ek_binary_vectors() they are transposed: in_c rows of
+ * ceil(out_c / 32) words, readable 12 bytes further, and with s[o] the sum of o's weights and k = in_c the constants are
+ *   thresholds: 2 * planes rows of ceil(out_c / 32) words, each row a bit of a number an output: first k + (t + s) / 2, then k + 1 + (s - t) / 2;
+ *               t: the threshold clipped to [-k, k + 1], raised to s's parity (no output: 2k + 1, 0)
+ *   base:       2 * out_c: bias - s - 2k, then bias + s + 2k.
+ * planes = max(8, bits of 2k + 2), at most 16, k = kernel_h * kernel_w * in_c / groups. */
+typedef struct {
+    const void *weights;
+    const void *thresholds;    /* NULL: int8 out */
+    const int32_t *base;       /* int8 out: these three; else NULL */
+    const int32_t *multiplier; /* out_c */
+    const int8_t *shift;       /* out_c */
+    uint16_t in_h, in_w, in_c;
+    uint16_t out_h, out_w, out_c;
+    uint16_t kernel_h, kernel_w;
+    uint16_t stride_h, stride_w;
+    uint16_t dilation_h, dilation_w;
+    uint16_t pad_top, pad_left; /* bottom and right follow from the output's size */
+    uint16_t groups;
+    uint8_t planes;
+    int8_t out_zp, act_min, act_max;
+} ek_binary;
+#ifndef EK_BAND_BYTES
+#define EK_BAND_BYTES 16384 /* what ek_binary_planes() may take of scratch for the inputs of the positions at hand, if 32 do not take more */
+#endif
+/* x: packed; y: packed or int8 (NHWC). */
+void ek_binary_vectors(const ek_binary *p, const void *x, void *y, void *scratch); /* linear: 1x1, out_h * out_w vectors; 32 outputs at once */
+void ek_binary_planes(const ek_binary *p, const void *x, void *y, void *scratch);  /* 32 positions at once; kernels below 256 x 256 */
+void ek_binary_rows(const ek_binary *p, const void *x, void *y, void *scratch);    /* one output after the other */
+
+typedef struct {
+    const int16_t *threshold; /* n of them, or one */
+    uint32_t positions;
+    uint16_t channels, n;
+} ek_binarize;
+void ek_binarize_s8(const ek_binarize *p, const int8_t *x, void *y); /* bit = x >= threshold */
+
 /* ---- Elementwise. In place: y may be a (not b). b repeats every b_n elements (n is a multiple of b_n): b_n = n without broadcast,
  * b_n = channels for a vector of channels. */
 

@@ -1,4 +1,4 @@
-"""What firmware consists of: int8 tensors with a place in the arena, and steps that each call one kernel.
+"""What firmware consists of: tensors of int8 or packed signs with a place in the arena, and steps that each call one kernel.
 
 A :class:`Firmware` is made from a frozen program by :mod:`edgekit.targets.cortex_m.lowering`; C text
 (:mod:`~edgekit.targets.cortex_m.emit`), the numpy reference (:mod:`~edgekit.targets.cortex_m.reference`) and the memory plan all
@@ -23,7 +23,7 @@ __all__ = ["Firmware", "Port", "Spec", "Step", "Tensor", "lifetimes", "plan"]
 
 @dataclass(frozen=True)
 class Tensor:
-    """int8 values in the arena.
+    """int8 values, or packed signs, in the arena.
 
     Attributes:
         name: of the frozen layer that computes it, with a suffix where the firmware needs more than one.
@@ -31,6 +31,7 @@ class Tensor:
         last: stored channel-last (four dimensions only).
         scale, zero_point: ``scale * (q - zero_point)`` is the real value.
         base: the tensor whose bytes this one shares by a free reshape; its own index otherwise.
+        channels: packed signs of so many channels, stored in words of 32 bits; 0 for int8 values.
     """
 
     index: int
@@ -40,16 +41,19 @@ class Tensor:
     scale: float
     zero_point: int
     base: int
+    channels: int = 0
 
     @property
     def stored(self) -> tuple[int, ...]:
-        """Shape as it lies in memory."""
+        """Shape as it lies in memory, in bytes."""
+        if self.channels:
+            return (*self.shape[:-1], 4 * -(-self.channels // 32))
         return tuple(self.shape[i] for i in (0, 2, 3, 1)) if self.last else self.shape
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return prod(self.shape)
+        return prod(self.stored)
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,8 @@ def outputs(
     return [np.concatenate(r) if r else np.zeros((0, *spec.shape[1:]), np.float32) for spec, r in ordered]
 
 
-def tapped(folder: Path, program: FrozenProgram, sample: Sequence[NDArray[Any]], on: str = "") -> dict[str, Int8]:
-    """Each layer's int8 output as the firmware computed it for one sample (1, ...), in the program's layout.
+def tapped(folder: Path, program: FrozenProgram, sample: Sequence[NDArray[Any]], on: str = "") -> dict[str, NDArray[Any]]:
+    """Each layer's output as the firmware computed it for one sample (1, ...), in the program's layout.
 
     The same project is built with ``-DMODEL_TAPS``: each step writes its output to the host after it ran.
     """

@@ -6,77 +6,18 @@ that makes steps of it (``docs/targets/cortex_m.md``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.firmware_sim import kernels as sim
-from edgekit.targets.cortex_m import trails
+from edgekit.targets.cortex_m import binary, trails
+from edgekit.targets.cortex_m.calls import Call, Constant, Field, Kernel, Struct, ending, members, sizes16
 from edgekit.targets.cortex_m.graph import Step
 
 __all__ = ["IN_PLACE", "KERNELS", "Call", "Constant", "Field", "Kernel", "Struct", "calls", "packed"]
-
-
-@dataclass(frozen=True)
-class Constant:
-    """An array in flash: its ``role`` ("weights", "bias", ...), its values as they are stored, and the C type of one of them."""
-
-    role: str
-    values: NDArray[Any]
-    type: str
-
-
-@dataclass(frozen=True)
-class Field:
-    """A member of a parameter struct, in the header's order: its C type, or "*" for a pointer to the constant named ``value``."""
-
-    name: str
-    type: str
-    value: Any
-
-
-@dataclass(frozen=True)
-class Struct:
-    """A parameter struct: its C type and its members."""
-
-    type: str
-    fields: tuple[Field, ...]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a C function.
-
-    In ``arguments`` "$p" is the struct, "$x0" an input, "$y" the output, "$s" scratch, "$table" a constant.
-
-    "$y+12" is the output moved by 12 elements.
-    """
-
-    function: str
-    arguments: tuple[str, ...]
-    struct: Struct | None = None
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A row of the table.
-
-    Attributes:
-        calls: the C calls of a step.
-        constants: the arrays of a step as they are stored in flash.
-        in_place: positions of the inputs over which the output may be written.
-        scratch: bytes that it needs while it runs, for a step and a kernel set ("portable", "dsp", "mve").
-        trail: how far its output must start below its input if it may lie over it (:mod:`~edgekit.targets.cortex_m.trails`).
-    """
-
-    calls: Callable[[Step], Sequence[Call]]
-    constants: Callable[[Step], Sequence[Constant]] = lambda step: ()
-    in_place: tuple[int, ...] = ()
-    scratch: Callable[[Step, str], int] = lambda step, kernel_set: 0
-    trail: Callable[[Step, str], int | None] = lambda step, kernel_set: None
 
 
 def calls(step: Step) -> Sequence[Call]:
@@ -98,24 +39,6 @@ def packed(weight: NDArray[Any], bits: int) -> NDArray[Any]:
     return result
 
 
-def _fields(values: Mapping[str, tuple[str, Any]]) -> tuple[Field, ...]:
-    return tuple(Field(name, kind, value) for name, (kind, value) in values.items())
-
-
-def _finish(values: Mapping[str, Any], *before: str) -> dict[str, tuple[str, Any]]:
-    """The zero points and the clamp that most structs end with."""
-    return {
-        **{name: ("int8_t", values[name]) for name in before},
-        "out_zp": ("int8_t", values["out_zp"]),
-        "act_min": ("int8_t", values["low"]),
-        "act_max": ("int8_t", values["high"]),
-    }
-
-
-def _sizes(**pairs: int) -> dict[str, tuple[str, int]]:
-    return {name: ("uint16_t", value) for name, value in pairs.items()}
-
-
 _CHANNELS = {role: ("*", role) for role in ("weights", "bias", "multiplier", "shift")}
 
 
@@ -134,15 +57,15 @@ def _conv2d(step: Step) -> list[Call]:
     (in_h, in_w, in_c), (out_h, out_w, out_c) = v["in"], v["out"]
     fields = {
         **_CHANNELS,
-        **_sizes(in_h=in_h, in_w=in_w, in_c=in_c, out_h=out_h, out_w=out_w, out_c=out_c),
-        **_sizes(kernel_h=v["kernel"][0], kernel_w=v["kernel"][1], stride_h=v["stride"][0], stride_w=v["stride"][1]),
-        **_sizes(dilation_h=v["dilation"][0], dilation_w=v["dilation"][1], pad_top=v["pad"][0], pad_left=v["pad"][1]),
-        **_sizes(groups=v["groups"]),
+        **sizes16(in_h=in_h, in_w=in_w, in_c=in_c, out_h=out_h, out_w=out_w, out_c=out_c),
+        **sizes16(kernel_h=v["kernel"][0], kernel_w=v["kernel"][1], stride_h=v["stride"][0], stride_w=v["stride"][1]),
+        **sizes16(dilation_h=v["dilation"][0], dilation_w=v["dilation"][1], pad_top=v["pad"][0], pad_left=v["pad"][1]),
+        **sizes16(groups=v["groups"]),
         "weight_bits": ("uint8_t", step.bits),
-        **_finish(v, "in_zp"),
+        **ending(v, "in_zp"),
     }
     function = "ek_depthwise_s8" if step.kind == "depthwise" else "ek_conv2d_s8"
-    return [Call(function, ("$p", "$x0", "$y", "$s"), Struct("ek_conv2d", _fields(fields)))]
+    return [Call(function, ("$p", "$x0", "$y", "$s"), Struct("ek_conv2d", members(fields)))]
 
 
 def _conv2d_scratch(step: Step, kernel_set: str) -> int:
@@ -160,9 +83,9 @@ def _linear_scratch(step: Step, kernel_set: str) -> int:
 
 def _linear(step: Step) -> list[Call]:
     v = step.values
-    sizes = _sizes(rows=v["rows"], in_n=v["inputs"], out_n=v["outputs"])
-    fields = {**_CHANNELS, **sizes, "weight_bits": ("uint8_t", step.bits), **_finish(v)}
-    return [Call("ek_linear_s8", ("$p", "$x0", "$y", "$s"), Struct("ek_linear", _fields(fields)))]
+    sizes = sizes16(rows=v["rows"], in_n=v["inputs"], out_n=v["outputs"])
+    fields = {**_CHANNELS, **sizes, "weight_bits": ("uint8_t", step.bits), **ending(v)}
+    return [Call("ek_linear_s8", ("$p", "$x0", "$y", "$s"), Struct("ek_linear", members(fields)))]
 
 
 def _binary(step: Step, multipliers: Mapping[str, tuple[str, Any]], function: str) -> list[Call]:
@@ -170,9 +93,9 @@ def _binary(step: Step, multipliers: Mapping[str, tuple[str, Any]], function: st
     v, swap = step.values, step.reuse == 1
     zero_points = {"a_zp": v["b_zp" if swap else "a_zp"], "b_zp": v["a_zp" if swap else "b_zp"]}
     sizes = {"n": ("uint32_t", v["size"]), "b_n": ("uint32_t", v["repeat"])}
-    fields = {**sizes, **multipliers, **_finish({**v, **zero_points}, "a_zp", "b_zp")}
+    fields = {**sizes, **multipliers, **ending({**v, **zero_points}, "a_zp", "b_zp")}
     operands = ("$x1", "$x0") if swap else ("$x0", "$x1")
-    return [Call(function, ("$p", *operands, "$y"), Struct(function.removesuffix("_s8"), _fields(fields)))]
+    return [Call(function, ("$p", *operands, "$y"), Struct(function.removesuffix("_s8"), members(fields)))]
 
 
 def _add(step: Step) -> list[Call]:
@@ -190,12 +113,12 @@ def _mul(step: Step) -> list[Call]:
 
 
 def _scaled(values: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
-    return {"multiplier": ("int32_t", values["multiplier"]), "shift": ("int8_t", values["shift"]), **_finish(values, "in_zp")}
+    return {"multiplier": ("int32_t", values["multiplier"]), "shift": ("int8_t", values["shift"]), **ending(values, "in_zp")}
 
 
 def _requant(step: Step) -> list[Call]:
     fields = {"n": ("uint32_t", step.values["size"]), **_scaled(step.values)}
-    return [Call("ek_requant_s8", ("$p", "$x0", "$y"), Struct("ek_requant", _fields(fields)))]
+    return [Call("ek_requant_s8", ("$p", "$x0", "$y"), Struct("ek_requant", members(fields)))]
 
 
 def _lut(step: Step) -> list[Call]:
@@ -204,15 +127,15 @@ def _lut(step: Step) -> list[Call]:
 
 def _softmax(step: Step) -> list[Call]:
     v = step.values
-    fields = {"table": ("*", "table"), **_sizes(rows=v["rows"], n=v["n"]), "multiplier": ("int32_t", v["multiplier"])}
+    fields = {"table": ("*", "table"), **sizes16(rows=v["rows"], n=v["n"]), "multiplier": ("int32_t", v["multiplier"])}
     fields |= {"shift": ("int8_t", v["shift"]), "out_zp": ("int8_t", v["out_zp"])}
-    return [Call("ek_softmax_s8", ("$p", "$x0", "$y"), Struct("ek_softmax", _fields(fields)))]
+    return [Call("ek_softmax_s8", ("$p", "$x0", "$y"), Struct("ek_softmax", members(fields)))]
 
 
 def _mean(step: Step) -> list[Call]:
     v = step.values
-    fields = {"positions": ("uint32_t", v["positions"]), **_sizes(channels=v["channels"]), **_scaled(v)}
-    return [Call("ek_mean_s8", ("$p", "$x0", "$y"), Struct("ek_mean", _fields(fields)))]
+    fields = {"positions": ("uint32_t", v["positions"]), **sizes16(channels=v["channels"]), **_scaled(v)}
+    return [Call("ek_mean_s8", ("$p", "$x0", "$y"), Struct("ek_mean", members(fields)))]
 
 
 _DIVISOR = np.dtype(
@@ -236,16 +159,16 @@ def _pool(step: Step) -> list[Call]:
     dilation = v.get("dilation", (1, 1))
     fields = {
         "divisors": ("*", "divisors" if average else None),
-        **_sizes(n_divisors=len(v.get("divisors", ()))),
-        **_sizes(in_h=in_h, in_w=in_w, channels=channels, out_h=out_h, out_w=out_w),
-        **_sizes(kernel_h=v["kernel"][0], kernel_w=v["kernel"][1], stride_h=v["stride"][0], stride_w=v["stride"][1]),
-        **_sizes(dilation_h=dilation[0], dilation_w=dilation[1]),
-        **_sizes(pad_top=v["pad"][0], pad_left=v["pad"][1], pad_bottom=v["pad"][0], pad_right=v["pad"][1]),
+        **sizes16(n_divisors=len(v.get("divisors", ()))),
+        **sizes16(in_h=in_h, in_w=in_w, channels=channels, out_h=out_h, out_w=out_w),
+        **sizes16(kernel_h=v["kernel"][0], kernel_w=v["kernel"][1], stride_h=v["stride"][0], stride_w=v["stride"][1]),
+        **sizes16(dilation_h=dilation[0], dilation_w=dilation[1]),
+        **sizes16(pad_top=v["pad"][0], pad_left=v["pad"][1], pad_bottom=v["pad"][0], pad_right=v["pad"][1]),
         "include_pad": ("uint8_t", int(v.get("include", False))),
-        **_finish({"in_zp": 0, "out_zp": 0, "low": -128, "high": 127, **v}, "in_zp"),
+        **ending({"in_zp": 0, "out_zp": 0, "low": -128, "high": 127, **v}, "in_zp"),
     }
     function = "ek_average_pool_s8" if average else "ek_max_pool_s8"
-    return [Call(function, ("$p", "$x0", "$y"), Struct("ek_pool", _fields(fields)))]
+    return [Call(function, ("$p", "$x0", "$y"), Struct("ek_pool", members(fields)))]
 
 
 def _concat(step: Step) -> list[Call]:
@@ -254,7 +177,7 @@ def _concat(step: Step) -> list[Call]:
     for i, (width, mantissa, shift, zero_point) in enumerate(v["parts"]):
         sizes = {"outer": ("uint32_t", v["rows"]), "n": ("uint32_t", width), "y_stride": ("uint32_t", stride)}
         fields = {**sizes, **_scaled({**v, "multiplier": mantissa, "shift": shift, "in_zp": zero_point})}
-        found.append(Call("ek_concat_s8", ("$p", f"$x{i}", f"$y+{place}"), Struct("ek_concat", _fields(fields))))
+        found.append(Call("ek_concat_s8", ("$p", f"$x{i}", f"$y+{place}"), Struct("ek_concat", members(fields))))
         place += width
     return found
 
@@ -262,14 +185,14 @@ def _concat(step: Step) -> list[Call]:
 def _pad(step: Step) -> list[Call]:
     v = step.values
     (height, width, channels), (top, bottom), (left, right) = v["in"], v["vertical"], v["horizontal"]
-    sizes = _sizes(in_h=height, in_w=width, channels=channels, top=top, bottom=bottom, left=left, right=right)
-    return [Call("ek_pad_s8", ("$p", "$x0", "$y"), Struct("ek_pad", _fields({**sizes, "value": ("int8_t", v["zp"])})))]
+    sizes = sizes16(in_h=height, in_w=width, channels=channels, top=top, bottom=bottom, left=left, right=right)
+    return [Call("ek_pad_s8", ("$p", "$x0", "$y"), Struct("ek_pad", members({**sizes, "value": ("int8_t", v["zp"])})))]
 
 
 def _gather(step: Step) -> list[Call]:
     v = step.values
     fields = {"shape": ("uint32_t[4]", v["shape"]), "stride": ("int32_t[4]", v["stride"]), "offset": ("int32_t", v["offset"])}
-    return [Call("ek_gather_s8", ("$p", "$x0", "$y"), Struct("ek_gather", _fields(fields)))]
+    return [Call("ek_gather_s8", ("$p", "$x0", "$y"), Struct("ek_gather", members(fields)))]
 
 
 KERNELS: dict[str, Kernel] = {
@@ -287,6 +210,7 @@ KERNELS: dict[str, Kernel] = {
     "concat": Kernel(_concat),
     "pad": Kernel(_pad),
     "gather": Kernel(_gather),
+    **binary.KERNELS,
 }
 """Kernel kind to its row."""
 

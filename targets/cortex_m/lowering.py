@@ -130,11 +130,20 @@ class Builder:
     """qreshape layer of a channel-last image that only linear layers read, to that image; their weights are put in its order."""
     _converted: dict[tuple[int, bool], int] = field(default_factory=dict)
 
-    def tensor(self, layer: Layer | str, shape: Sequence[int], last: bool, q: tuple[float, int], base: int | None = None) -> int:
+    def tensor(
+        self,
+        layer: Layer | str,
+        shape: Sequence[int],
+        last: bool,
+        q: tuple[float, int],
+        base: int | None = None,
+        channels: int = 0,
+    ) -> int:
         """A new tensor; its index."""
         index = len(self.tensors)
         name = layer if isinstance(layer, str) else layer.name
-        self.tensors.append(Tensor(index, name, tuple(shape), last, float(q[0]), int(q[1]), index if base is None else base))
+        own = index if base is None else base
+        self.tensors.append(Tensor(index, name, tuple(shape), last, float(q[0]), int(q[1]), own, channels))
         return index
 
     def output(self, layer: Layer, last: bool) -> int:
@@ -257,6 +266,8 @@ def _outputs(builder: Builder) -> tuple[Port, ...]:
         elif name in builder.ends:
             tensor, scale, zero_point = builder.ends[name]
             ports.append(Port(position, tensor, scale, zero_point))
+        elif name in builder.of and builder.tensors[builder.of[name]].channels:
+            raise builder.refuse(name, "returns packed signs", "return integers or their float values")
         elif name in builder.of and name in names.values():
             ports.append(Port(position, builder.of[name], None, None))
         else:

@@ -90,14 +90,16 @@ def from_stored(spec: Spec, values: Int8) -> NDArray[np.float32]:
     return real if spec.scale is None else (real - np.float32(spec.zero_point or 0)) * np.float32(spec.scale)
 
 
-def in_program_layout(tensor: Spec | Tensor, values: Int8) -> Int8:
-    """Stored bytes in the program's shape."""
+def in_program_layout(tensor: Spec | Tensor, values: Int8) -> NDArray[Any]:
+    """Stored bytes in the program's shape: int8, or uint8 for packed signs."""
     shape = tensor.shape
+    if isinstance(tensor, Tensor) and tensor.channels:
+        return np.ascontiguousarray(values.view(np.uint8).reshape(tensor.stored)[..., : shape[-1]])
     shaped = values.reshape([shape[i] for i in (0, 2, 3, 1)]).transpose(0, 3, 1, 2) if tensor.last else values.reshape(shape)
     return np.ascontiguousarray(shaped)
 
 
-def taps_of(firmware: Firmware, tensors: Mapping[int, Int8]) -> dict[str, Int8]:
+def taps_of(firmware: Firmware, tensors: Mapping[int, Int8]) -> dict[str, NDArray[Any]]:
     """Each layer's output in the program's layout, from the bytes of the tensors that steps write and that are fed."""
     found = {}
     for name, index in firmware.taps.items():
@@ -107,7 +109,7 @@ def taps_of(firmware: Firmware, tensors: Mapping[int, Int8]) -> dict[str, Int8]:
     return found
 
 
-def simulate(firmware: Firmware, sample: Sequence[NDArray[Any]]) -> tuple[dict[str, Int8], list[NDArray[np.float32]]]:
+def simulate(firmware: Firmware, sample: Sequence[NDArray[Any]]) -> tuple[dict[str, NDArray[Any]], list[NDArray[np.float32]]]:
     """What the firmware computes for one sample, by the numpy reference: each layer's output, and the program's outputs."""
     tensors = run(firmware, to_stored(specs(firmware, firmware.inputs), sample))
     outputs = [

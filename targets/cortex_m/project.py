@@ -152,5 +152,5 @@ def _values(firmware: Firmware, build: Build, board: Board) -> Mapping[str, str]
         "stack": f"{build.stack_bytes:,}",
         "inputs": texts.ports("input", inputs),
         "outputs": texts.ports("output", outputs),
-        "packed": texts.PACKED if any(s.bits < 8 for s in firmware.steps) else "",
+        "packed": texts.PACKED if any(1 < s.bits < 8 for s in firmware.steps) else "",
     }

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.artifact import Mismatch
+from edgekit.targets.cortex_m.binary import stored_signs
 from edgekit.targets.cortex_m.elf import Elf
 from edgekit.targets.cortex_m.emit import array_name, stored_bytes, struct_name
 from edgekit.targets.cortex_m.graph import Firmware, Step
@@ -20,7 +21,7 @@ from edgekit.targets.cortex_m.kernels import KERNELS, Constant, Struct
 
 __all__ = ["compare", "unpacked"]
 
-_FORMATS = {"int8_t": "b", "uint8_t": "B", "uint16_t": "H", "int32_t": "i", "uint32_t": "I", "*": "I"}
+_FORMATS = {"int16_t": "h", "int8_t": "b", "uint8_t": "B", "uint16_t": "H", "int32_t": "i", "uint32_t": "I", "*": "I"}
 
 
 def compare(elf: Elf, firmware: Firmware) -> list[Mismatch]:
@@ -45,7 +46,9 @@ def _array(step: Step, constant: Constant, found: bytes) -> Mismatch:
     """The first value that differs."""
     expected = constant.values.reshape(-1)
     stored = np.frombuffer(found[: expected.nbytes], expected.dtype)
-    if constant.role == "weights" and step.bits < 8:
+    if constant.role == "weights" and step.bits == 1:
+        expected, stored = stored_signs(step, expected), stored_signs(step, stored)
+    elif constant.role == "weights" and step.bits < 8:
         expected, stored = unpacked(expected, step.bits), unpacked(stored, step.bits)
     wrong = np.flatnonzero(expected != stored)
     if not len(wrong):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgekit.frozen import Layer
 from edgekit.frozen.ops import activation_bounds
-from edgekit.targets.cortex_m import softmax
+from edgekit.targets.cortex_m import binary_rules, softmax
 from edgekit.targets.cortex_m.fixedpoint import quantize_multiplier
 from edgekit.targets.cortex_m.graph import Port, Tensor
 from edgekit.targets.cortex_m.lowering import Builder, constants
@@ -363,5 +363,6 @@ RULES: dict[str, Callable[[Builder, Layer], None]] = {
     "qpermute": _permute,
     "qslice": _slice,
     "qlut": _lut,
+    **binary_rules.RULES,
 }
 """``edgekit::`` operator to its rule."""

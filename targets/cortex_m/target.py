@@ -166,8 +166,8 @@ class CortexM:
         """
         return host.outputs(Path(path).parent, inputs, progress)
 
-    def taps(self, path: Path, program: FrozenProgram, sample: Sequence[NDArray[Any]]) -> dict[str, NDArray[np.int8]]:
-        """Each layer's int8 output as the emulated board computed it for one sample; merged layers are left out."""
+    def taps(self, path: Path, program: FrozenProgram, sample: Sequence[NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Each layer's output as the emulated board computed it for one sample; merged layers are left out."""
         return host.tapped(Path(path).parent, program, sample)
 
     def _build(self, options: _Options) -> Build:
@@ -204,7 +204,7 @@ def _coverage(program: FrozenProgram, firmware: Firmware) -> tuple[Coverage, ...
         for step in steps:
             function = calls(step)[0].function
             storage = f"int{step.bits}" if "weight" in step.arrays else ""
-            rows.append(Coverage(layer.name, function, "int8", step.macs, storage, PACKED_NOTE if step.bits < 8 else ""))
+            rows.append(Coverage(layer.name, function, "int8", step.macs, storage, PACKED_NOTE if 1 < step.bits < 8 else ""))
     known = {layer.name for layer in program.layers}
     returned = [s for s in firmware.steps if s.layer not in known]
     rows += [
@@ -220,7 +220,10 @@ def _notes(facts: Facts, program: FrozenProgram) -> tuple[str, ...]:
     ]
     if any(kind == "softmax" for _, _, kind, _ in facts.steps):
         notes.append("softmax is computed from int8 to int8 by a table of exponentials")
-    packed = sum(1 for layer in program.layers if layer.weight_bits is not None and layer.weight_bits < 8)
+    packed = sum(1 for layer in program.layers if layer.weight_bits is not None and 1 < layer.weight_bits < 8)
+    signs = sum(1 for layer in program.layers if layer.weight_bits == 1)
+    if signs:
+        notes.append(f"{signs} layers multiply signs by signs, 1 bit a weight in flash")
     if packed:
         notes.append(f"{packed} layers have packed weights, {PACKED_NOTE}")
     return tuple(notes)

@@ -5,7 +5,7 @@
 #include "edgekit.h"
 
 enum { CONV2D, DEPTHWISE, LINEAR, ADD, MUL, REQUANT, CLAMP, LUT, SOFTMAX, AVERAGE, MAXIMUM, MEAN, CONCAT, PAD, GATHER, QUANTIZE,
-       DEQUANTIZE, CRC, SCALE };
+       DEQUANTIZE, CRC, SCALE, BINARIZE, BINARY_VECTORS, BINARY_PLANES, BINARY_ROWS };
 enum { OVERRUN = 0x10, UNKNOWN = 0x11, TOO_LARGE = 0x12 };
 
 static uint8_t memory[MEMORY] EK_ARENA;
@@ -40,6 +40,12 @@ static ek_pool pool(void) {
                      v[18], v[19], v[20]};
 }
 
+static ek_binary binary(void) {
+    const int bits = v[0];
+    return (ek_binary){a[1], bits ? a[2] : 0, bits ? 0 : a[2], bits ? 0 : a[3], bits ? 0 : a[4], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8],
+                       v[9], v[10], v[11], v[12], v[13], v[14], v[15], v[16], v[17], v[18], v[19]};
+}
+
 static void dispatch(uint32_t op, const int8_t *x, int8_t *y, void *scratch) {
     switch (op) {
     case CONV2D: { const ek_conv2d p = conv(); ek_conv2d_s8(&p, x, y, scratch); break; }
@@ -69,6 +75,10 @@ static void dispatch(uint32_t op, const int8_t *x, int8_t *y, void *scratch) {
         ek_gather_s8(&p, x, y);
         break;
     }
+    case BINARIZE: { const ek_binarize p = {a[1], v[0], v[1], v[2]}; ek_binarize_s8(&p, x, y); break; }
+    case BINARY_VECTORS: { const ek_binary p = binary(); ek_binary_vectors(&p, x, y, scratch); break; }
+    case BINARY_PLANES: { const ek_binary p = binary(); ek_binary_planes(&p, x, y, scratch); break; }
+    case BINARY_ROWS: { const ek_binary p = binary(); ek_binary_rows(&p, x, y, scratch); break; }
     case QUANTIZE: ek_quantize_f32((const float *)(const void *)x, y, v[0], *(float *)a[1], v[1]); break;
     case DEQUANTIZE: ek_dequantize_f32(x, (float *)(void *)y, v[0], *(float *)a[1], v[1]); break;
     case CRC: *(uint32_t *)(void *)y = ek_crc32(x, v[0]); break;

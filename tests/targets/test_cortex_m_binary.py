@@ -1,0 +1,171 @@
+"""1-bit layers in firmware: their kernels, whole networks on every core, the bits in flash, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import binary_cases
+import firmware_cases as cases
+import numpy as np
+import pytest
+import torch
+from binary_firmware_nets import binarize, binary_conv, binary_net
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from edgekit.errors import UnsupportedError
+from edgekit.firmware_sim import kernels
+from edgekit.firmware_sim.boards import BOARDS
+from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module
+from edgekit.targets import cortex_m, get
+from edgekit.targets.cortex_m import binary_layout, elf, host
+from edgekit.targets.cortex_m.binary import stored_signs
+from edgekit.targets.cortex_m.emit import array_name
+from edgekit.targets.cortex_m.preparation import prepare, simulate
+
+needs_tools = pytest.mark.skipif(cortex_m.M4.available() is not None, reason="needs arm-none-eabi-gcc and qemu-system-arm")
+CORES = {
+    "cortex-m0": "portable",
+    "cortex-m3": "portable",
+    "cortex-m4": "dsp",
+    "cortex-m7": "dsp",
+    "cortex-m33": "dsp",
+    "cortex-m55": "mve",
+}
+BOARD_SETS = [
+    *((b, None) for b in ("microbit", "mps2-an385", "mps2-an386", "mps2-an500", "mps2-an505", "mps3-an547")),
+    ("mps3-an547", 0),
+]
+BAND = 2048
+"""Bytes of a band in the test firmware: larger layers then take several bands."""
+
+
+@needs_tools
+@pytest.mark.parametrize(("board", "kernel_set"), BOARD_SETS)
+def test_kernels_equal_sums_of_signs(board: str, kernel_set: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "BAND_BYTES", BAND)
+    small = board == "microbit"
+    memory = min(BOARDS[board].ram_bytes // 4 * 3 - 2048, 300_000)
+    built = cases.firmware(board, tmp_path, memory, kernel_set, f"-DEK_BAND_BYTES={BAND}")
+    sizes = {"size": 2, "most": 12} if small else {}
+    strategy = st.one_of(binary_cases.binarize(), *(binary_cases.binary(k, **sizes) for k in ("vectors", "planes", "rows")))
+
+    @settings(max_examples=2, phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck), deadline=None)
+    @given(st.lists(strategy, min_size=50, max_size=50))
+    def boot(batch: list[cases.Case]) -> None:
+        cases.check(built, batch, None if kernel_set is None else ("portable", "dsp", "mve")[kernel_set])
+
+    boot()
+
+
+def inputs(n: int) -> np.ndarray:
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(0)).numpy()
+
+
+def test_the_reference_gives_the_programs_signs_and_stays_within_a_step() -> None:
+    program = binary_net()
+    firmware = prepare(program, "portable")
+    kinds = {s.layer: s.kind for s in firmware.steps}
+    assert {kinds[k] for k in ("first", "grouped", "chain", "shortcut")} == {"binary_planes"}
+    assert (kinds["point"], kinds["hidden"], kinds["small"]) == ("binary_vectors", "binary_vectors", "binary_rows")
+    for x in inputs(5):
+        sample = torch.from_numpy(x[None])
+        taps, _ = simulate(firmware, [x[None]])
+        forced = program.forced({k: torch.from_numpy(v) for k, v in taps.items()}, sample)
+        for layer in program.layers:
+            if layer.name in taps:
+                gap = np.abs(forced[layer.name].numpy().astype(int) - taps[layer.name]).max()
+                assert gap <= (0 if layer.packed else 1), layer.name
+
+
+def test_packed_signs_take_a_word_for_32_channels() -> None:
+    firmware = prepare(binary_net(), "portable")
+    sizes = {t.name: t.size for t in firmware.tensors}
+    assert sizes["signs"] == 8 * 8 * 4 and sizes["first"] == 8 * 8 * 8 and sizes["hidden"] == 12
+
+
+@needs_tools
+@pytest.mark.parametrize("core", [c if c[8:] in ("m0", "m4", "m55") else pytest.param(c, marks=pytest.mark.slow) for c in CORES])
+def test_a_network_runs_on_every_core_as_its_reference_says(core: str, tmp_path: Path) -> None:
+    program, target, x = binary_net(), get(core), inputs(2)
+    artifact = target.lower(program, tmp_path / f"model{target.SUFFIX}")
+    (outputs,) = target.run(artifact.path, [x])
+    firmware = prepare(program, CORES[core])
+    for i in range(len(x)):
+        layers, (expected,) = simulate(firmware, [x[i : i + 1]])
+        assert np.array_equal(outputs[i : i + 1], expected)
+    taps = target.taps(artifact.path, program, [x[i : i + 1]])
+    assert taps.keys() == layers.keys()
+    assert [name for name in layers if not np.array_equal(layers[name], taps[name])] == []
+    storage = {c.layer: c.storage for c in artifact.coverage}
+    assert storage["first"] == storage["small"] == "int1" and storage["head"] == "int8"
+
+
+@needs_tools
+def test_flash_holds_one_bit_a_weight_and_altered_ones_are_named(tmp_path: Path) -> None:
+    program, target = binary_net(), get("cortex-m4")
+    path = target.lower(program, tmp_path / "model.c").path
+    firmware = prepare(program, "dsp")
+    _, built = host.built(tmp_path)
+    content = elf.read(built.elf)
+    for index, step in enumerate(firmware.steps):
+        if step.bits != 1:
+            continue
+        stored = content.bytes_of(array_name(index, "weights"))
+        weight = step.arrays["weight"]
+        along, across = (len(weight), weight[0].size) if step.kind == "binary_vectors" else (weight.shape[3], weight[..., 0].size)
+        assert (
+            stored is not None and len(stored) - 12 * (step.kind == "binary_vectors") == 4 * binary_layout.words(along) * across
+        )
+        layer = program.layer(step.layer)
+        count = int(layer.args.get("channels", layer.args.get("features", 0))) // int(layer.args.get("groups", 1))
+        bits = binary_layout.unpacked_bytes(layer.args["weight"].numpy(), count)
+        assert np.array_equal(stored_signs(step, np.frombuffer(stored, np.uint32)), 2 * bits.reshape(-1).astype(np.int8) - 1)
+    assert target.readback(path, program) == []
+    source = path.read_text()
+    index = next(i for i, s in enumerate(firmware.steps) if s.layer == "first")
+    start = source.index("{", source.index(f"{array_name(index, 'weights')}[")) + 1
+    end = source.index(",", start)
+    path.write_text(source[:start] + str(int(source[start:end]) ^ 4) + source[end:])
+    (wrong,) = target.readback(path, program)
+    assert (wrong.layer, wrong.field) == ("first", "weights[2]")
+
+
+class Returned(nn.Module):
+    """Returns the packed signs of a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quantize = FrozenOp("quantize", 1, {}, scale=0.1, zero_point=0, bits=8)
+        self.signs, self.conv = binarize(8), binary_conv(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.signs(self.quantize(x)))
+
+
+class Real(nn.Module):
+    """Takes signs of float numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.signs = FrozenOp("binarize", 1, {"threshold": torch.zeros(1)}, dim=1)
+        self.conv = binary_conv(8, 8, 3, (0.1, 0))
+        self.dequantize = FrozenOp("dequantize", 1, {}, scale=0.1, zero_point=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dequantize(self.conv(self.signs(x)))
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Returned, r"layer conv returns packed signs.*return integers"),
+        (Real, r"layer signs takes signs of float.*quantize its input"),
+    ],
+)
+def test_what_has_no_form_is_refused_with_the_remedy(module: type[nn.Module], message: str) -> None:
+    torch.manual_seed(0)
+    program: FrozenProgram = freeze_module(module(), (torch.zeros(1, 8, 5, 5),))
+    with pytest.raises(UnsupportedError, match=message):
+        prepare(program, "portable")

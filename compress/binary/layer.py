@@ -76,8 +76,10 @@ class BinaryLayer(nn.Module):
         start = moments.in_mean.clone() if settings.shift else torch.zeros_like(spread)
         self.shift = nn.Parameter(start / spread, requires_grad=settings.shift and self.binary_inputs)
         if settings.norm == "batch":
+            # beside a shortcut the layer brings half of the spread: streams of many such sums would grow without bound
             out_mean = moments.out_mean - (moments.in_mean if shortcut else 0)
-            self.gain, self.bias = nn.Parameter(moments.out_std.clone()), nn.Parameter(out_mean.clone())
+            gain = moments.out_std * (0.5 if shortcut else 1.0)
+            self.gain, self.bias = nn.Parameter(gain.clone()), nn.Parameter(out_mean.clone())
             self.register_buffer("mean", torch.zeros_like(out_mean))
             self.register_buffer("var", torch.ones_like(out_mean))
         else:

@@ -129,14 +129,14 @@ class _Builder:
         owner.add_module(leaf, op)
 
     def _unit(self, unit: Unit) -> None:
-        ins = [self.plan.activations[i.name] for i in unit.inputs]
+        ins = [] if unit.real else [self.plan.activations[i.name] for i in unit.inputs]
         out = self.plan.activations[unit.output.name]
         op = self._operator(unit, ins, out)
-        self.integer[unit.output] = self._add(unit.name, op, *(self._int(i) for i in unit.inputs))
+        self.integer[unit.output] = self._add(unit.name, op, *((self._real if unit.real else self._int)(i) for i in unit.inputs))
 
     def _operator(self, unit: Unit, ins: list[ActQ], out: ActQ) -> FrozenOp:
         if unit.signs is not None:
-            return _binary_operator(unit, ins[0], out)
+            return _binary_operator(unit, ins, out)
         attributes = dict(unit.attributes)
         to = {"out_scale": out.scale, "out_zp": out.zero_point}
         kind, buffers = unit.kind, dict[str, Tensor]()
@@ -163,12 +163,17 @@ class _Builder:
         return FrozenOp(kind, 0 if kind == "qconcat" else len(unit.inputs), buffers, **attributes)
 
 
-def _binary_operator(unit: Unit, x: ActQ, out: ActQ) -> FrozenOp:
+def _binary_operator(unit: Unit, ins: list[ActQ], out: ActQ) -> FrozenOp:
     """A 1-bit layer; weights packed along the input channels."""
     s = unit.signs
     assert s is not None
     if unit.kind == "binarize":
-        return FrozenOp("binarize", 1, {"threshold": input_threshold(s, x, unit.name)}, **unit.attributes)
+        assert s.threshold is not None
+        return FrozenOp(
+            "binarize", 1, {"threshold": s.threshold if unit.real else input_threshold(s, ins[0], unit.name)}, **unit.attributes
+        )
+    if unit.kind == "binary_qmatmul":
+        return FrozenOp(unit.kind, 2, {}, **unit.attributes, out_scale=out.scale, out_zp=out.zero_point, out_bits=out.bits)
     assert s.signs is not None and s.scale is not None and s.bias is not None
     weight = pack_signs(s.signs.movedim(1, -1) > 0)
     if unit.packed:

@@ -19,7 +19,9 @@ _FIXED = {"sigmoid": ActQ(1 / 256, -128), "hardsigmoid": ActQ(1 / 256, -128), "t
 
 def fixed_activations(units: Sequence[Unit]) -> dict[str, ActQ]:
     """Outputs whose range is known beforehand (sigmoid, tanh), by fx node name; for 8-bit activations."""
-    return {u.output.name: _FIXED[f] for u in units if (f := u.attributes.get("function")) in _FIXED}
+    found = {u.output.name: _FIXED[f] for u in units if (f := u.attributes.get("function")) in _FIXED}
+    sums = [u for u in units if u.kind == "binary_qmatmul" and u.attributes["features"] <= 127]
+    return found | {u.output.name: ActQ(u.attributes["scale"], 0) for u in sums}  # each sum has an integer of its own
 
 
 def groups(units: Sequence[Unit]) -> dict[str, str]:
@@ -35,7 +37,7 @@ def groups(units: Sequence[Unit]) -> dict[str, str]:
     fixed = fixed_activations(units)
     packed = {u.output for u in units if u.packed}
     for unit in units:
-        for node in {*unit.inputs, unit.output} - packed:
+        for node in {*(() if unit.real else unit.inputs), unit.output} - packed:
             find(node.name)
         shared = unit.inputs[:1] if unit.inherits else unit.inputs if unit.kind == "qconcat" else ()
         for node in shared:

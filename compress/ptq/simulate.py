@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from edgekit.compress.canonical import ATEN
 from edgekit.compress.capture import Graph
 from edgekit.compress.ptq.binary_units import input_threshold
 from edgekit.compress.ptq.freeze import bias_integers
@@ -69,7 +70,14 @@ class SignedLayer(nn.Module):
         assert s is not None
         self.unit_name, self.kind, self.attributes, self.packed = unit.name, unit.kind, dict(unit.attributes), unit.packed
         self.layer: nn.Module | None = None
-        if unit.kind == "binarize":
+        self.unsigned = s.unsigned
+        limit = torch.zeros(1)
+        if unit.kind == "binary_qmatmul":
+            self.transposed = unit.nodes[0].target == ATEN.permute.default
+        elif unit.real:
+            assert s.threshold is not None
+            limit = s.threshold
+        elif unit.kind == "binarize":
             x = plan.activations[unit.inputs[0].name]
             limit = input_threshold(s, x, unit.name).double().sub(x.zero_point + 0.5) * x.scale  # between two integers
         else:
@@ -80,14 +88,17 @@ class SignedLayer(nn.Module):
             real = bias_integers(s.bias, 1.0, s.scale, unit.name).double() * s.scale.double()
             bias = torch.zeros(len(s.signs)) if unit.packed else real.float()
             self.layer = WeightedLayer(conv, s.signs.float() * scale.view(shape), bias)
-            limit = torch.zeros(1) if s.threshold is None else s.threshold.double() - 0.5
+            limit = limit if s.threshold is None else s.threshold.double() - 0.5
         image = "stride" in unit.attributes or unit.attributes.get("dim") == 1
         self.register_buffer("limit", limit.float().view(-1, 1, 1) if image else limit.float())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (N, C, H, W) for a conv, (..., features) for a linear; packed outputs are -1 and +1."""
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        """x: (N, C, H, W) for a conv, (..., features) for a linear; packed outputs are -1 and +1 (or 0 and 1)."""
+        if other is not None:
+            return x @ (other.mT if self.transposed else other) * float(self.attributes["scale"])
         y: Tensor = x if self.layer is None else self.layer(x)
-        return torch.where(y >= self.limit, 1.0, -1.0) if self.packed else y  # type: ignore[operator]
+        low = 0.0 if self.unsigned else -1.0
+        return torch.where(y >= self.limit, 1.0, low) if self.packed else y  # type: ignore[operator]
 
 
 def layer_of(unit: Unit, plan: Plan) -> nn.Module:
@@ -136,11 +147,11 @@ def simulate(
     for node in graph.module.graph.nodes:
         if node in starts:
             unit = starts[node]
-            ins = {i: enter(i) for i in unit.inputs}
+            ins = {i: values[i] if unit.real else enter(i) for i in unit.inputs}
             if unit.weight is not None or unit.signs is not None:
                 name = f"layer_{plan.units.index(unit)}"
                 root.add_module(name, layer(unit, plan) if unit.signs is None else SignedLayer(unit, plan))
-                made = out.call_module(name, (ins[unit.inputs[0]],))
+                made = out.call_module(name, tuple(ins[i] for i in unit.inputs))
             else:
                 made = out.node_copy(unit.nodes[0], {**values, **ins}.__getitem__)
             exact = unit.packed or (unit.inherits and unit.kind != "qavg_pool2d")  # averages are rounded

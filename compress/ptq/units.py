@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from edgekit.compress.canonical import ATEN, arguments, pair
 from edgekit.compress.capture import Graph, tensor_of
-from edgekit.compress.ptq.binary_units import Signs, is_sign, match_binary, match_sign, packed_layer
+from edgekit.compress.ptq.binary_units import Signs, is_sign, match_binary, match_product, match_sign, packed_layer
 from edgekit.errors import InputError
 from edgekit.frozen import Unquantized
 from edgekit.frozen.binary_ops import PACKED_OPS
@@ -55,6 +55,7 @@ class Unit:
         attributes: the operator's scalar arguments other than scales and zero points.
         weight, bias: ``get_attr`` nodes of a weighted layer.
         signs: the numbers of a 1-bit layer, which has no ``weight``: nothing rounds or scales it.
+        real: the input is read as float (a sign of what a float operator computes).
     """
 
     kind: str
@@ -66,6 +67,7 @@ class Unit:
     weight: fx.Node | None = None
     bias: fx.Node | None = None
     signs: Signs | None = None
+    real: bool = False
 
     @property
     def packed(self) -> bool:
@@ -111,7 +113,7 @@ def find_units(graph: Graph, skip: Sequence[str] = (), bits: int = 8) -> tuple[t
         found = _fuse(found)
         fused.update(found.nodes)
         units[found.output] = found
-    kept = _chained(_settle(units, reasons))
+    kept = _from_float(_chained(_settle(units, reasons)))
     for part in (n for unit in kept for n in unit.nodes):
         reasons.pop(part, None)
     unquantized = [
@@ -139,6 +141,13 @@ def _chained(units: list[Unit]) -> list[Unit]:
             unit = replace(unit, kind=kind, nodes=(*unit.nodes, *sign.nodes), activation="none", signs=packed)
         found.append(unit)
     return [u for u in found if not (u.kind == "binarize" and u.output in taken)]
+
+
+def _from_float(units: list[Unit]) -> list[Unit]:
+    """Signs of what a float operator computes are taken of the float itself."""
+    made = {u.output for u in units}
+    real = [u for u in units if u.kind == "binarize" and u.inputs[0] not in made and u.inputs[0].op != "placeholder"]
+    return [replace(u, real=True) if u in real else u for u in units]
 
 
 def _has_tensor(value: Any) -> bool:
@@ -287,11 +296,21 @@ def _pad(graph: Graph, node: fx.Node) -> Unit | str:
     return Unit("qpad", graph.names[node.name], (node,), (x,), "none", {"pad": list(pads)})
 
 
+def _product(graph: Graph, node: fx.Node) -> Unit | str:
+    found = match_product(graph, node)
+    if found is None:
+        return "only a product of two signs has an integer form"
+    nodes, operands, attributes = found
+    return Unit("binary_qmatmul", graph.names[node.name], nodes, operands, "none", attributes, signs=Signs())
+
+
 def _reshape(graph: Graph, node: fx.Node) -> Unit | str:
     return Unit("qreshape", graph.names[node.name], (node,), (node.args[0],))  # type: ignore[arg-type]
 
 
 def _permute(graph: Graph, node: fx.Node) -> Unit | str:
+    if is_sign(node.args[0]):
+        return "a part of a product of signs"
     return Unit("qpermute", graph.names[node.name], (node,), (node.args[0],), "none", {"dims": node.args[1]})  # type: ignore[arg-type]
 
 
@@ -324,6 +343,7 @@ _RULES: dict[Any, Callable[[Graph, fx.Node], Unit | str]] = {
     ATEN.conv2d.default: _weighted("qconv2d"),
     ATEN.linear.default: _weighted("qlinear"),
     ATEN.where.Scalar: _sign,
+    ATEN.matmul.default: _product,
     ATEN.add.Tensor: _binary("qadd"),
     ATEN.mul.Tensor: _binary("qmul"),
     ATEN.mean.dim: _mean,

@@ -1,0 +1,385 @@
+"""Binary transformer encoders after BiPFT (Xing et al. 2024), section 3: every product of a matrix with 1-bit operands.
+
+    linear     mean|W| sign(W - mean W)  times  alpha sign(x + shift)       alpha and shift are learned
+    scores     Q_b K_b' + [m_q p_k' + p_q m_k' + p_q p_k']                   the bracket estimates what binarization lost
+    context    A_b V_b + A_b p_v                                             A_b in {0, alpha}
+
+``m`` and ``p`` are linear maps of the layer's input to ``rank`` numbers a token, shared by all heads; ``p`` starts at 0, so that
+at first nothing is estimated. The gradient to weights is the identity, to x it passes where ``|x / alpha| <= 1`` (0 to 1 for
+unsigned), to alpha it is the mean of the signs' (LSQ's for unsigned), over the root of the number of values.
+
+Layer normalizations, biases, position and type embeddings, and the head stay in float; the pooler is ``tanh(LN(W_b h) + h)``.
+:func:`baked` gives the trained encoder as a module of plain operators that freezes to 1-bit ones (``ptq`` alone, no training).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgekit.compress.binary.encoder import Encoder, Layer
+from edgekit.compress.ptq.qat import epoch_of
+from edgekit.data import Source
+from edgekit.errors import DataError, ModelError
+
+__all__ = ["BinaryEncoder", "Elastic", "EncoderTraining", "baked", "train_encoder"]
+
+_LEAST = 1e-5
+
+
+class _Signed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor) -> Tensor:
+        ctx.save_for_backward(x, alpha)
+        return torch.where(x >= 0, alpha, -alpha)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, alpha = ctx.saved_tensors
+        (g,) = grads
+        return g * ((x / alpha).abs() <= 1), (torch.where(x >= 0, g, -g).sum() / x.numel() ** 0.5).view_as(alpha)
+
+
+class _Unsigned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor) -> Tensor:
+        ctx.save_for_backward(x, alpha)
+        return torch.where(x > alpha / 2, alpha, torch.zeros_like(alpha))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, alpha = ctx.saved_tensors
+        (g,) = grads
+        q = x / alpha
+        inside = (q >= 0) & (q <= 1)
+        slope = torch.where(inside, (x > alpha / 2).to(x.dtype) - q, (q > 1).to(x.dtype))
+        return g * inside, ((slope * g).sum() / x.numel() ** 0.5).view_as(alpha)
+
+
+class Elastic(nn.Module):
+    """An activation's binarizer with a learned size, and with ``features`` a learned shift of each feature (from 0).
+
+    Args:
+        unsigned: values 0 and alpha instead of -alpha and alpha.
+    """
+
+    def __init__(self, features: int = 0, unsigned: bool = False) -> None:
+        super().__init__()
+        self.unsigned = unsigned
+        self.alpha = nn.Parameter(torch.tensor(1.0))
+        self.shift = nn.Parameter(torch.zeros(features)) if features else None
+        self.register_buffer("started", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: any shape, features last."""
+        if not bool(self.started):
+            self.alpha.data.fill_(max((4 if self.unsigned else 2) * float(x.detach().abs().mean()), _LEAST))
+            self.started.fill_(True)  # type: ignore[operator]
+        x = x if self.shift is None else x + self.shift
+        function = _Unsigned if self.unsigned else _Signed
+        found: Tensor = function.apply(x, self.size())  # type: ignore[no-untyped-call]
+        return found
+
+    def size(self) -> Tensor:
+        """alpha, never below 1e-5."""
+        return self.alpha.clamp(min=_LEAST)
+
+    def threshold(self) -> Tensor:
+        """The bit is ``x >= threshold``: float32, scalar or one for each feature."""
+        half = self.size().detach() / 2
+        if self.unsigned:
+            return torch.nextafter(half, torch.full_like(half, torch.inf))
+        return torch.zeros(()) if self.shift is None else -self.shift.detach()
+
+
+def binary_weight(weight: Tensor, rows: bool = False) -> Tensor:
+    """``mean|W| sign(W - mean W)``, one size for the tensor or (``rows``) for each row; gradient 1."""
+    size = weight.abs().mean(1, keepdim=True) if rows else weight.abs().mean()
+    signs = torch.where(weight - weight.mean() >= 0, size, -size).detach()
+    return signs + (weight - weight.detach())
+
+
+class BinaryLinear(nn.Module):
+    """A linear layer of 1-bit weights and inputs.
+
+    Its bias is a whole number of its products' size (rounded straight through), as it will be in the frozen program, and sums are
+    taken of -1 and +1: a value on a later sign's threshold then falls on the same side in both.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(layer.weight.detach().clone())
+        self.bias = nn.Parameter(layer.bias.detach().clone())
+        self.input = Elastic(layer.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        alpha, size = self.input.size().detach(), self.weight.detach().abs().mean()
+        sums = F.linear(self.input(x) / alpha, binary_weight(self.weight) / size)
+        return sums * self.step() + self.whole_bias()
+
+    def step(self) -> Tensor:
+        """Size of one product: alpha times mean|W|."""
+        return self.input.size().detach() * self.weight.detach().abs().mean()
+
+    def whole_bias(self) -> Tensor:
+        """The bias as a multiple of :meth:`step`, float32 (out,)."""
+        rounded = torch.round(self.bias.detach() / self.step()) * self.step()
+        return self.bias + (rounded - self.bias.detach())
+
+
+class BinaryEmbedding(nn.Module):
+    """Rows of two values each; (B, L) int64 to (B, L, width)."""
+
+    def __init__(self, table: nn.Embedding) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(table.weight.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, L) int64."""
+        return F.embedding(x, binary_weight(self.weight, rows=True))
+
+
+class BinaryEncoderLayer(nn.Module):
+    """An encoder layer; ``rank`` 0: without estimators of the residuals (BiPFT-A)."""
+
+    def __init__(self, layer: Layer, rank: int) -> None:
+        super().__init__()
+        self.heads, self.rank = layer.heads, rank
+        width = layer.query.in_features
+        for name in ("query", "key", "value", "project", "up", "down"):
+            self.add_module(name, BinaryLinear(getattr(layer, name)))
+        self.norm1, self.norm2 = copy.deepcopy(layer.norm1), copy.deepcopy(layer.norm2)
+        self.of_query, self.of_key, self.of_value, self.of_chance = Elastic(), Elastic(), Elastic(), Elastic(unsigned=True)
+        if rank:
+            self.main = nn.Linear(width, 2 * rank)  # m_q, m_k
+            self.rest = nn.Linear(width, 2 * rank + 1)  # p_q, p_k, p_v
+            nn.init.normal_(self.main.weight, std=width**-0.5)
+            for tensor in (self.main.bias, self.rest.weight, self.rest.bias):
+                nn.init.zeros_(tensor)
+
+    def estimates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The bracket of the scores, (B, 1, L, L), and p_v, (B, 1, L, 1)."""
+        r = self.rank
+        (mq, mk), (pq, pk, pv) = self.main(x).split(r, -1), self.rest(x).split([r, r, 1], -1)
+        bracket = mq @ pk.transpose(-1, -2) + pq @ (mk + pk).transpose(-1, -2)
+        return bracket.unsqueeze(1), pv.unsqueeze(1)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x: (B, L, width)."""
+        q, k, v = (Layer.split(self, m(x)) for m in (self.query, self.key, self.value))  # type: ignore[arg-type, operator]
+        scores = self.of_query(q) @ self.of_key(k).transpose(-1, -2)
+        lost, value = self.estimates(x) if self.rank else (None, None)
+        scores = (scores if lost is None else scores + lost) / q.shape[-1] ** 0.5
+        chances = self.of_chance(torch.softmax(scores if mask is None else scores + mask, -1))
+        context = chances @ self.of_value(v)
+        context = context if value is None else context + chances @ value
+        x = self.norm1(x + self.project(context.transpose(1, 2).flatten(2)))  # type: ignore[operator]
+        y: Tensor = self.norm2(x + self.down(F.gelu(self.up(x))))  # type: ignore[operator]
+        return y
+
+
+class BinaryPooler(nn.Module):
+    """``tanh(LN(W_b h) + h)`` of the first token."""
+
+    def __init__(self, layer: nn.Linear, eps: float) -> None:
+        super().__init__()
+        self.dense, self.norm = BinaryLinear(layer), nn.LayerNorm(layer.out_features, eps)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, width) to (B, width)."""
+        return torch.tanh(self.norm(self.dense(h)) + h)
+
+
+class BinaryEncoder(Encoder):
+    """The student of a float encoder; all its weights start as the float ones.
+
+    Args:
+        rank: of the residuals' estimators; 0 for none.
+        inputs: the projection of vectors to the width becomes binary too (words always do).
+    """
+
+    def __init__(self, encoder: Encoder, rank: int = 1, inputs: bool = False) -> None:
+        nn.Module.__init__(self)
+        self.config = encoder.config
+        self.embeddings = copy.deepcopy(encoder.embeddings)
+        table = self.embeddings.input
+        if isinstance(table, nn.Embedding):
+            self.embeddings.input = BinaryEmbedding(table)
+        elif inputs:
+            assert isinstance(table, nn.Linear)
+            self.embeddings.input = BinaryLinear(table)
+        self.layers = nn.ModuleList(BinaryEncoderLayer(layer, rank) for layer in encoder.layers)  # type: ignore[arg-type]
+        pooler = encoder.pooler
+        self.pooler = None if pooler is None else BinaryPooler(pooler, encoder.config.eps)  # type: ignore[assignment]
+        self.head = copy.deepcopy(encoder.head)
+
+    def pooled(self, y: Tensor) -> Tensor:
+        """(B, width)."""
+        return y.mean(1) if self.pooler is None else self.pooler(y[:, 0])
+
+
+@dataclass(frozen=True)
+class EncoderTraining:
+    """How a binary encoder learns.
+
+    Attributes:
+        epochs, learning_rate, batch_size: AdamW with linear decay.
+        hidden: weight of the mean over layers of the squared distance of hidden values to the teacher's.
+        logits: weight of the cross entropy with the teacher's class probabilities.
+        labels: weight of the cross entropy with the labels.
+        seed: of the order of samples.
+    """
+
+    epochs: int = 10
+    learning_rate: float = 5e-4
+    batch_size: int = 32
+    hidden: float = 1.0
+    logits: float = 1.0
+    labels: float = 1.0
+    seed: int = 0
+
+
+def train_encoder(
+    student: Encoder,
+    source: Source,
+    how: EncoderTraining,
+    teacher: Encoder | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[float]:
+    """Train in place on (x, y) batches; the mean loss of each epoch. A float encoder learns in the same way, without a teacher.
+
+    Raises:
+        ModelError: the student has no head.
+        DataError: a loss that is not finite.
+    """
+    if student.head is None:
+        raise ModelError("encoder: training needs a head; give the configuration a number of classes")
+    optimizer = torch.optim.AdamW(student.parameters(), how.learning_rate, weight_decay=0.01)
+    steps = how.epochs * sum(1 for _ in epoch_of(source, how.batch_size, torch.Generator()))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / max(steps, 1)))
+    order = torch.Generator().manual_seed(how.seed)
+    losses: list[float] = []
+    done = 0
+    student.train()
+    for _ in range(how.epochs):
+        total, count = 0.0, 0
+        for batch in epoch_of(source, how.batch_size, order):
+            loss = _loss(student, teacher, batch, how)
+            if not torch.isfinite(loss):
+                raise DataError(f"encoder: the loss was {float(loss)} in step {done}; lower learning_rate")
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            total, count, done = total + float(loss.detach()), count + 1, done + 1
+            if progress:
+                progress(done, steps)
+        losses.append(total / max(count, 1))
+    student.eval()
+    return losses
+
+
+def _loss(student: Encoder, teacher: Encoder | None, batch: tuple[Tensor, ...], how: EncoderTraining) -> Tensor:
+    x, y = batch
+    found = student.hidden(x)
+    assert student.head is not None
+    logits = student.head(student.pooled(found[-1]))
+    loss = how.labels * F.cross_entropy(logits, y.long())
+    if teacher is not None:
+        with torch.no_grad():
+            wanted = teacher.hidden(x)
+            assert teacher.head is not None
+            chances = torch.softmax(teacher.head(teacher.pooled(wanted[-1])), 1)
+        loss = loss + how.logits * F.cross_entropy(logits, chances)
+        apart = torch.stack([F.mse_loss(a, b) for a, b in zip(found[1:], wanted[1:], strict=True)])
+        loss = loss + how.hidden * apart.mean()
+    return loss
+
+
+class _SignedLinear(nn.Module):
+    """A baked :class:`BinaryLinear`: sign of the input, weights of one size."""
+
+    def __init__(self, layer: BinaryLinear) -> None:
+        super().__init__()
+        size = layer.step()
+        centred = layer.weight.detach() - layer.weight.detach().mean()
+        self.weight = nn.Parameter(torch.where(centred >= 0, size, -size), requires_grad=False)
+        self.bias = nn.Parameter(layer.whole_bias().detach(), requires_grad=False)
+        self.threshold = nn.Parameter(layer.input.threshold(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.where(x >= self.threshold, 1.0, -1.0), self.weight, self.bias)
+
+
+class _SignedLayer(nn.Module):
+    """A baked :class:`BinaryEncoderLayer`."""
+
+    def __init__(self, layer: BinaryEncoderLayer) -> None:
+        super().__init__()
+        self.heads, self.rank = layer.heads, layer.rank
+        for name in ("query", "key", "value", "project", "up", "down"):
+            self.add_module(name, _SignedLinear(getattr(layer, name)))
+        self.norm1, self.norm2 = layer.norm1, layer.norm2
+        query: Any = layer.query
+        width = query.weight.shape[1] // layer.heads
+        alpha = {n: float(getattr(layer, f"of_{n}").size()) for n in ("query", "key", "value", "chance")}
+        self.of_scores, self.of_context = alpha["query"] * alpha["key"] / width**0.5, alpha["chance"] * alpha["value"]
+        self.chance, self.size, self.root = float(layer.of_chance.threshold()), alpha["chance"], width**0.5
+        if self.rank:
+            self.main, self.rest = layer.main, layer.rest
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (Layer.split(self, m(x)) for m in (self.query, self.key, self.value))  # type: ignore[arg-type, operator]
+        signs = [torch.where(t >= 0.0, 1.0, -1.0) for t in (q, k, v)]
+        scores = torch.matmul(signs[0], signs[1].transpose(-1, -2)) * self.of_scores
+        if self.rank:
+            lost, value = BinaryEncoderLayer.estimates(self, x)  # type: ignore[arg-type]
+            scores = scores + lost / self.root
+        chances = torch.softmax(scores, -1)
+        context = torch.matmul(torch.where(chances >= self.chance, 1.0, 0.0), signs[2]) * self.of_context
+        if self.rank:
+            kept = torch.where(chances >= self.chance, self.size, 0.0)
+            context = context + torch.matmul(kept, value)
+        x = self.norm1(x + self.project(context.transpose(1, 2).flatten(2)))  # type: ignore[operator]
+        y: Tensor = self.norm2(x + self.down(F.gelu(self.up(x))))  # type: ignore[operator]
+        return y
+
+
+class _Baked(nn.Module):
+    def __init__(self, student: BinaryEncoder) -> None:
+        super().__init__()
+        self.embeddings = student.embeddings
+        table = self.embeddings.input
+        if isinstance(table, BinaryLinear):
+            self.embeddings.input = _SignedLinear(table)
+        elif isinstance(table, BinaryEmbedding):
+            two = nn.Embedding(*table.weight.shape)
+            two.weight = nn.Parameter(binary_weight(table.weight, rows=True).detach(), requires_grad=False)
+            self.embeddings.input = two
+        self.layers = nn.ModuleList(_SignedLayer(layer) for layer in student.layers)  # type: ignore[arg-type]
+        self.pooler: nn.Module | None = student.pooler
+        if isinstance(student.pooler, BinaryPooler):
+            student.pooler.dense = _SignedLinear(student.pooler.dense)
+        self.head = student.head
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.embeddings(x)
+        for layer in self.layers:
+            y = layer(y)
+        pooled = y.mean(1) if self.pooler is None else self.pooler(y[:, 0])
+        return (y, pooled) if self.head is None else self.head(pooled)
+
+
+def baked(student: BinaryEncoder) -> nn.Module:
+    """The trained encoder as plain operators, in eval mode; ``edgekit.run_model`` with ``ptq`` makes 1-bit operators of it.
+
+    Word embeddings keep their two values a row, as float: there is no 1-bit look-up.
+    """
+    return _Baked(copy.deepcopy(student)).eval()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit import nir
-from edgekit.devices import connect, naming
+from edgekit.devices import connect, naming, spiking_cost
 from edgekit.devices.sim import Rasters, SimulatorDevice
 from edgekit.errors import InputError
 from edgekit.files import sha256
 from edgekit.nir.semantics import flatten
+from edgekit.profile import Profile
 
-__all__ = ["Agreement", "LayerAgreement", "Spikes", "compare", "load_spikes", "random_spikes", "verify_file"]
+__all__ = ["Agreement", "LayerAgreement", "Spikes", "compare", "load_spikes", "profile_file", "random_spikes", "verify_file"]
 
 
 @dataclass(frozen=True)
@@ -149,15 +150,38 @@ def verify_file(path: Path, devices: Sequence[str], inputs: Path | None = None, 
         FormatError, MissingTool, DeviceError: the file cannot be read, a simulator is not set up, or it failed.
     """
     graph = nir.read(path)
-    found = [connect(spec) for spec in dict.fromkeys(devices)]
-    if other := [device.name for device in found if not isinstance(device, SimulatorDevice)]:
-        raise InputError(f"{Path(path).name} is a NIR file and {other[0]} no simulator; use --device sim:NAME")
+    found = _simulators(path, devices)
     given = random_spikes(graph) if inputs is None else load_spikes(inputs)
     results = []
     for device in found:
         with naming(device):
             results.append(compare(Path(path), device.rasters(graph, given.values, dt), given))
     return results
+
+
+def profile_file(path: Path, devices: Sequence[str], inputs: Path | None = None, per_layer: bool = True) -> list[Profile]:
+    """What a ``.nir`` file costs, counted from the spikes that simulators give it.
+
+    Raises:
+        as :func:`verify_file`.
+    """
+    graph = nir.read(path)
+    given = random_spikes(graph) if inputs is None else load_spikes(inputs)
+    found = []
+    for device in _simulators(path, devices):
+        with naming(device):
+            spikes = device.rasters(graph, given.values).spikes
+        made = spiking_cost.profile(device.name, graph, given.values, spikes, per_layer)
+        source = f"{given.values.shape[1]} samples of {given.source}"
+        found.append(replace(made, file=Path(path).name, sha256=sha256(path), notes=(*made.notes, source)))
+    return found
+
+
+def _simulators(path: Path, devices: Sequence[str]) -> list[SimulatorDevice]:
+    found = [connect(spec) for spec in dict.fromkeys(devices)]
+    if other := [device.name for device in found if not isinstance(device, SimulatorDevice)]:
+        raise InputError(f"{Path(path).name} is a NIR file and {other[0]} no simulator; use --device sim:NAME")
+    return found
 
 
 def compare(path: Path, found: Rasters, given: Spikes) -> Agreement:

@@ -164,10 +164,23 @@ def profile(
         float | None, typer.Option("--min_secs", "--min-secs", min=0, help="Go on for at least this many seconds.")
     ] = None,
     layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Also measure each layer.")] = True,
+    inputs: Annotated[Path | None, typer.Option("--inputs", help="For a .nir file: spikes (T, N, ...) as .npy or .npz.")] = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure what a run's files cost on a device: time, or instructions where it is emulated, and memory."""
+    """Measure what a run's files cost on a device: time, or instructions where it is emulated, and memory.
+
+    Of a .nir file, or of a run's on a device sim:NAME: synaptic operations, spikes and membrane updates.
+    """
+    if run.suffix == ".nir":
+        from edgekit import agreement
+
+        made = agreement.profile_file(run, device or ["sim:nir"], inputs, layers)
+        if json:
+            console.print_json([one.to_json() for one in made])
+        for one in () if json else made:
+            console.print_profile(one)
+        return
     from edgekit import pipeline
     from edgekit.profile import Settings
 

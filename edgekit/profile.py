@@ -1,6 +1,7 @@
 """What a file costs on a device: plain data with a JSON form (``profile.json``, one entry for each device and target).
 
-A cost is either time or a count of instructions, never one called the other: an emulator has instructions, a machine has time.
+A cost is either time, a count of instructions, or a count of synaptic operations, never one called the other: an emulator has
+instructions, a machine has time, a spiking network on a simulator has operations.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer. ``instructions`` or ``microseconds`` is set, for one sample; ``share`` is that of the whole, 0 to 1.
+    """One layer. ``instructions``, ``microseconds``, or ``synaptic_operations`` or ``spikes`` is set, for one sample; ``share``
+    is that of the whole, 0 to 1.
 
     ``library_instructions`` are those of ``instructions`` that the compiler's and C library's functions took.
     """
@@ -54,6 +56,8 @@ class LayerCost:
     share: float = 0.0
     note: str = ""
     library_instructions: int | None = None
+    synaptic_operations: float | None = None
+    spikes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Profile:
     Attributes:
         device, target: as on the command line.
         file, sha256: the file that ran.
-        unit: "instructions" or "microseconds".
+        unit: "instructions", "microseconds", or "synaptic operations" (spiking networks).
         total: cost of one inference in ``unit`` (median where it varies).
         macs: multiply-accumulates for one sample.
         layers: in execution order; empty if not measured.
@@ -79,7 +83,7 @@ class Profile:
     target: str
     file: str
     sha256: str
-    unit: Literal["instructions", "microseconds"]
+    unit: Literal["instructions", "microseconds", "synaptic operations"]
     total: float
     macs: int
     layers: tuple[LayerCost, ...] = ()

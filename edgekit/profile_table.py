@@ -10,7 +10,10 @@ from edgekit.profile import LayerCost, Profile
 
 __all__ = ["COLUMNS", "FITS", "Table", "figure", "figures", "fit_row", "layer_row", "layers", "text", "title"]
 
-COLUMNS = ("layer", "operator", "MACs", "instructions", "a MAC", "of these in libraries", "µs", "share %", "note")
+COLUMNS = (
+    "layer", "operator", "MACs", "instructions", "a MAC", "of these in libraries", "µs", "synaptic operations", "spikes",
+    "share %", "note",
+)  # fmt: skip
 """Headings of :func:`layer_row`."""
 
 FITS = ("board or part", "core", "fits", "flash left", "RAM left", "flash", "RAM", "data from")
@@ -24,7 +27,7 @@ _NAMES = {
     "ram": "RAM", "static_ram": "static RAM", "arena_bound": "arena without overlaps, at least", "stack": "stack used",
     "least": "least over the samples", "most": "most over the samples", "library": "in libgcc and libc", "boot": "boot, once",
 }  # fmt: skip
-_UNITS = ("bytes", "microseconds", "milliseconds", "seconds", "instructions", "percent", "celsius", "mhz", "runs")
+_UNITS = ("bytes", "microseconds", "milliseconds", "seconds", "instructions", "percent", "celsius", "mhz", "runs", "nanojoules")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,10 @@ def layer_row(layer: LayerCost) -> tuple[Any, ...]:
     each = counted / layer.macs if counted is not None and layer.macs else None
     library = layer.library_instructions or None
     share = 100 * layer.share
-    return (layer.layer, layer.op, layer.macs or None, counted, each, library, layer.microseconds, share, layer.note or None)
+    spiking = (layer.synaptic_operations, layer.spikes)
+    return (
+        layer.layer, layer.op, layer.macs or None, counted, each, library, layer.microseconds, *spiking, share, layer.note or None
+    )  # fmt: skip
 
 
 def fit_row(fit: Mapping[str, Any]) -> tuple[Any, ...]:

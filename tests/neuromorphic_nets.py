@@ -67,7 +67,7 @@ def cuba_net(seed: int = 0, inputs: int = 16, hidden: int = 20, outputs: int = 6
     return chain({"input": source, "fc1": first, "c1": cuba(hidden, **neurons), "fc2": second, "c2": behind, "out": sink})
 
 
-def conv_net(seed: int = 0, reset: str = "subtract", start: float = 0.5, pool: str = "SumPool2d") -> Any:
+def conv_net(seed: int = 0, reset: str = "subtract", start: float = 0.5, pool: str = "SumPool2d", groups: int = 1) -> Any:
     """1 x 8 x 8 inputs, two convolutions with a pool between them, a linear layer; IF neurons."""
     rng = np.random.default_rng(seed)
     source, sink = ends((1, 8, 8), (5,))
@@ -78,13 +78,23 @@ def conv_net(seed: int = 0, reset: str = "subtract", start: float = 0.5, pool: s
         "conv1": nir.Conv2d((8, 8), rng.normal(0.1, 0.4, (4, 1, 3, 3)), 1, 1, 1, 1, rng.normal(0, 0.1, 4)),
         "if1": if_((4, 8, 8), reset, start),
         "pool": window,
-        "conv2": nir.Conv2d((4, 4), rng.normal(0, 0.15, (6, 4, 3, 3)) * gain, 1, 1, 1, 1, rng.normal(0, 0.1, 6)),
+        "conv2": nir.Conv2d((4, 4), rng.normal(0, 0.15, (6, 4 // groups, 3, 3)) * gain, 1, 1, 1, groups, rng.normal(0, 0.1, 6)),
         "if2": if_((6, 4, 4), reset, start),
         "flat": nir.Flatten({"input": np.array([6, 4, 4])}, 0, -1),
         "fc": nir.Affine(rng.normal(0, 0.3, (5, 96)), rng.normal(0, 0.1, 5)),
         "if3": if_((5,), reset, start),
         "out": sink,
     })  # fmt: skip
+
+
+def scaled_net(seed: int = 0) -> Any:
+    """As conversion leaves networks: spikes of an amplitude (a Scale) of their own for each channel or neuron."""
+    graph, rng = conv_net(seed), np.random.default_rng(seed)
+    graph.nodes["scale1"] = nir.Scale(rng.uniform(0.8, 1.2, (4, 1, 1)) * np.ones((4, 8, 8)))
+    graph.nodes["scale2"] = nir.Scale(rng.uniform(0.8, 1.2, 96))
+    moved = {("if1", "pool"): "scale1", ("flat", "fc"): "scale2"}
+    graph.edges = [e for a, b in graph.edges for e in ([(a, moved[a, b]), (moved[a, b], b)] if (a, b) in moved else [(a, b)])]
+    return graph
 
 
 def recurrent_net(seed: int = 0) -> Any:

@@ -16,7 +16,7 @@ xylosim, lava      the same numbers in the vendors' models of the chips         
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit import nir
-from edgekit.devices import simulators
+from edgekit.devices import simulators, spiking_cost
 from edgekit.devices.simulation import simulate
-from edgekit.errors import InputError, MissingTool
+from edgekit.errors import InputError, MissingTool, UnsupportedError
+from edgekit.frozen import FrozenProgram
+from edgekit.nir.inference import encode, read_out
+from edgekit.profile import Profile, Settings
 from edgekit.targets.neuromorphic import nest, to_loihi2, to_xylo
 from edgekit.targets.neuromorphic.dialects import DIALECTS, legalize
 from edgekit.targets.neuromorphic.layers import network
@@ -47,7 +50,7 @@ class Rasters:
         expected: what it is compared with, by layer.
         lag: layer to the steps by which it was moved.
         exact: whether every spike has to be the expected one.
-        outputs: what the output node gives, (T, N, ...), where it was recorded.
+        outputs: what the output node gives, (T, N, ...): the simulator's own, or what follows from its spikes.
         notes: what was rewritten, chosen or left out, in sentences.
     """
 
@@ -57,7 +60,7 @@ class Rasters:
     expected: Mapping[str, Array]
     lag: Mapping[str, int]
     exact: bool
-    outputs: Array | None = None
+    outputs: Array
     notes: tuple[str, ...] = ()
 
 
@@ -76,6 +79,49 @@ class SimulatorDevice:
     def rasters(self, graph: Any, spikes: Array, dt: float | None = None) -> Rasters:
         """Run a graph on input spikes (T, N, *shape); see :func:`run`."""
         return run(self.simulator, graph, spikes, dt)
+
+    def run(
+        self, path: Path, target: str, inputs: Sequence[Array], progress: Callable[[int, int], None] | None = None
+    ) -> list[Array]:
+        """Outputs for a batch, (N, ...) each, as the target ``nir`` gives them."""
+        graph, given = self._given(path, inputs)
+        found = run(self.simulator, graph, given)
+        if progress:
+            progress(len(inputs[0]), len(inputs[0]))
+        return [read_out(graph, found.outputs)]
+
+    def taps(self, path: Path, target: str, program: FrozenProgram, sample: Sequence[Array]) -> dict[str, Array]:
+        """What each neuron emits for one sample, in the program's layout, by layer name."""
+        return self.taps_each(path, target, program, [x[:1] for x in sample])[0]
+
+    def taps_each(self, path: Path, target: str, program: FrozenProgram, samples: Sequence[Array]) -> list[dict[str, Array]]:
+        """As :meth:`taps` for every sample, by one run."""
+        found = run(self.simulator, *self._given(path, samples))
+        layers = {layer.name: layer for layer in program.layers if layer.name in found.spikes}
+        return [
+            {name: found.spikes[name][:, i].astype(np.float32).reshape(layer.shape) for name, layer in layers.items()}
+            for i in range(len(samples[0]))
+        ]
+
+    def profile(
+        self,
+        path: Path,
+        target: str,
+        program: FrozenProgram,
+        settings: Settings,
+        inputs: Sequence[Array],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Profile:
+        """Synaptic operations, spikes and membrane updates of one sample, counted from the simulator's own spikes."""
+        graph, given = self._given(path, inputs)
+        return spiking_cost.profile(self.name, graph, given, run(self.simulator, graph, given).spikes, settings.per_layer)
+
+    def _given(self, path: Path, inputs: Sequence[Array]) -> tuple[Any, Array]:
+        graph = nir.read(path)
+        given = encode(graph, inputs, f"{path}: ")
+        if len(given) != 1:
+            raise UnsupportedError(f"{path}: {len(given)} inputs; edgekit runs simulators on graphs with one")
+        return graph, next(iter(given.values()))
 
     def close(self) -> None:
         """Nothing is held."""
@@ -109,11 +155,24 @@ def run(simulator: str, graph: Any, spikes: Array, dt: float | None = None) -> R
     return _RUN[simulator](simulator, graph, np.asarray(spikes), dt)
 
 
-def _reference(graph: Any, spikes: Array, dt: float | None) -> tuple[dict[str, Array], Array | None]:
-    """Rasters of every neuron by the float64 interpreter, and the output where there is one."""
+def _reference(graph: Any, spikes: Array, dt: float | None) -> tuple[dict[str, Array], Array]:
+    """Rasters of every neuron by the float64 interpreter, and the output."""
     trace = nir.interpret(graph, spikes, dt=dt, record=None)
-    outputs = next(iter(trace.outputs.values())) if len(trace.outputs) == 1 else None
-    return {layer.name: trace.values[layer.name] for layer in network(graph).neurons}, outputs
+    return {layer.name: trace.values[layer.name] for layer in network(graph).neurons}, trace.output
+
+
+def _following(graph: Any, spikes: Array, dt: float | None, rasters: Mapping[str, Array]) -> Array:
+    """The output that follows from rasters of neurons."""
+    return nir.interpret(graph, spikes, dt=dt, forced=rasters).output
+
+
+def _counts(simulator: str, spikes: Array) -> Array:
+    """Input as integers (T, N, inputs); a chip takes nothing else."""
+    flat = np.asarray(spikes).reshape(*spikes.shape[:2], -1)
+    if np.any(flat != np.rint(flat)) or np.any(flat < 0):
+        found = f"the input has values from {flat.min():g} to {flat.max():g}"
+        raise UnsupportedError(f"{simulator}: {found}, a chip takes spikes; encode it as spikes first")
+    return flat.astype(np.int64)
 
 
 def _interpreter(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Rasters:
@@ -140,7 +199,8 @@ def _nest(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Raster
     values, _ = _reference(graph, spikes, dt)
     rasters = {name: found.aligned(name, len(spikes)) for name in made.names}
     expected = {name: values[name] for name in made.names}
-    return Rasters(simulator, found.version, rasters, expected, found.lag, True, notes=made.rewritten)
+    outputs = _following(graph, spikes, dt, rasters)
+    return Rasters(simulator, found.version, rasters, expected, found.lag, True, outputs, made.rewritten)
 
 
 def _calibration(spikes: Array) -> Array:
@@ -148,7 +208,7 @@ def _calibration(spikes: Array) -> Array:
 
 
 def _xylo(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Rasters:
-    flat = spikes.reshape(*spikes.shape[:2], -1).astype(np.int64)
+    flat = _counts(simulator, spikes)
     made = to_xylo.quantize(graph, _calibration(flat), dt)
     rasters = to_xylo.rasters(made.network, made.places, flat)
     lag = {name: late for name, (*_, late) in made.places.items()}
@@ -166,13 +226,13 @@ def _xylo(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Raster
             name: found.spikes[which][late : late + len(flat), :, first : first + size]
             for name, (which, first, size, late) in made.places.items()
         }
-        return Rasters(simulator, found.version, theirs, rasters, lag, True, notes=notes)
+        return _on_chip(simulator, found.version, graph, spikes, dt, theirs, rasters, lag, notes)
     values, _ = _reference(graph, spikes, dt)
-    return _on_chip(simulator, rasters, values, lag, notes)
+    return _on_chip(simulator, "", graph, spikes, dt, rasters, values, lag, notes)
 
 
 def _loihi2(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Rasters:
-    flat = spikes.reshape(*spikes.shape[:2], -1).astype(np.int64)
+    flat = _counts(simulator, spikes)
     made = to_loihi2.quantize(graph, _calibration(flat), dt)
     rasters = to_loihi2.rasters(made.layers, flat)
     lag = {one.name: at for at, one in enumerate(made.layers, 1)}
@@ -188,16 +248,20 @@ def _loihi2(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Rast
         settings = {"layers": [{name: getattr(one, name) for name in names} for one in made.layers]}
         found = simulate("lava", settings, {**arrays, "spikes": flat})
         theirs = {name: found.aligned(name, len(flat)) for name in rasters}
-        return Rasters(simulator, found.version, theirs, rasters, found.lag, True, notes=notes)
+        return _on_chip(simulator, found.version, graph, spikes, dt, theirs, rasters, found.lag, notes)
     values, _ = _reference(graph, spikes, dt)
-    return _on_chip(simulator, rasters, values, lag, notes)
+    return _on_chip(simulator, "", graph, spikes, dt, rasters, values, lag, notes)
 
 
 def _on_chip(
-    simulator: str, rasters: Mapping[str, Array], values: Mapping[str, Array], lag: Mapping[str, int], notes: tuple[str, ...]
-) -> Rasters:
-    spikes = {name: raster.reshape(values[name].shape) for name, raster in rasters.items()}
-    return Rasters(simulator, "", spikes, {name: values[name] for name in spikes}, lag, False, notes=notes)
+    simulator: str, version: str, graph: Any, given: Array, dt: float | None, rasters: Mapping[str, Array],
+    expected: Mapping[str, Array], lag: Mapping[str, int], notes: tuple[str, ...],
+) -> Rasters:  # fmt: skip
+    """Rasters in the graph's shapes. A vendor's simulator (it has a version) has to agree in every spike."""
+    shapes = network(graph).shapes
+    found, wanted = ({n: x.reshape(*given.shape[:2], *shapes[n]) for n, x in group.items()} for group in (rasters, expected))
+    outputs = _following(graph, given, dt, found)
+    return Rasters(simulator, version, found, {n: wanted[n] for n in found}, lag, bool(version), outputs, notes)
 
 
 _RUN: Mapping[str, Callable[[str, Any, Array, float | None], Rasters]] = {

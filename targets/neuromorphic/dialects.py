@@ -8,6 +8,8 @@ what no file can carry as settings that the adapter applies after the import:
 * gains (``r``, ``w_in``, ``dt / tau``) that the importer ignores or fixes go into the weights before the neurons;
 * thresholds that differ within a layer go into the weights too, where the importer takes one only;
 * sum pools become average pools, or the reverse, with the size of the window in the weights behind them;
+* a Scale becomes a convolution of 1 x 1 or a diagonal matrix;
+* convolutions with groups become such without, with zeros (nir's check of shapes does not know groups);
 * an IF of an importer that has none, or another, becomes a LIF that loses 2**-100 of its membrane in a step: nothing in float64;
 * a comparison of the other kind (``>`` for ``>=``) becomes a threshold one unit in the last place of float64 further on.
 
@@ -26,6 +28,7 @@ from numpy.typing import NDArray
 from edgekit.errors import InputError, UnsupportedError
 from edgekit.nir.nodes import pair
 from edgekit.nir.semantics import FIRING, INTEGRATING, Flat, flatten, kind, rule, step_length
+from edgekit.targets.neuromorphic.layers import network
 
 __all__ = ["DIALECTS", "Dialect", "Legal", "legalize"]
 
@@ -65,14 +68,14 @@ class Dialect:
     no_linear: bool = False
 
 
-_COMMON = ("Input", "Output", "Affine", "Linear", "Conv2d", "Flatten", "SumPool2d", "AvgPool2d", "IF", "LIF")
+_COMMON = ("Input", "Output", "Affine", "Linear", "Conv2d", "Scale", "Flatten", "SumPool2d", "AvgPool2d", "IF", "LIF")
 
 DIALECTS: Mapping[str, Dialect] = {
     "spikingjelly": Dialect(
         (*_COMMON, "Conv1d", "CubaLIF"), ("subtract", "zero"), "ge", start=True, pool="AvgPool2d", gain="either", sums=True,
     ),
     "snntorch": Dialect(
-        (*_COMMON, "CubaLIF"), ("zero",), "gt", start=False, pool="AvgPool2d", gain="added", dt=1e-4, no_if=True,
+        (*_COMMON, "CubaLIF"), ("zero",), "gt", start=False, sums=True, pool="AvgPool2d", gain="added", dt=1e-4, no_if=True,
     ),
     "norse": Dialect(
         _COMMON, ("zero",), "gt", start=False, pool="SumPool2d", gain="scaled", no_if=True, no_linear=True,
@@ -136,13 +139,20 @@ def legalize(graph: Any, dialect: str, dt: float | None = None) -> Legal:
     consumers = {name: tuple(n for n in flat.nodes if name in flat.sources[n]) for name in flat.nodes}
     work = _Work(dialect, DIALECTS[dialect], flat, step_length(graph, dt), _copies(flat), consumers)
     _check(work)
+    if any(kind(node) == "Scale" for node in flat.nodes.values()):
+        shapes = network(graph).shapes
+        for name in (name for name, node in flat.nodes.items() if kind(node) == "Scale"):
+            _as_weights(work, name, shapes[name])
     for name, node in flat.nodes.items():
         if kind(node) in FIRING:
             _neuron(work, name)
     for name, node in flat.nodes.items():
         if kind(node) in ("SumPool2d", "AvgPool2d"):
             _pool(work, name)
-        elif kind(node) == "Linear" and work.dialect.no_linear:
+        elif kind(node).startswith("Conv") and int(node.groups) != 1:
+            work.nodes[name] = _changed(work.nodes[name], weight=_ungrouped(work.nodes[name]), groups=1)
+            work.done.append(f"node {name}: {int(node.groups)} groups became one, with zeros")
+        elif kind(work.nodes[name]) == "Linear" and work.dialect.no_linear:
             new = work.nodes[name]
             work.nodes[name] = _nir("Affine", weight=new.weight, bias=np.zeros(new.weight.shape[0]))
     return _built(work)
@@ -195,8 +205,6 @@ def _check(work: _Work) -> None:
             )
         if len(flat.sources[name]) > 1 and not dialect.sums:
             raise work.refuse(name, f"it sums {', '.join(flat.sources[name])}; its importer takes chains only")
-        if kind(node).startswith("Conv") and int(node.groups) != 1 and work.name == "spikingjelly":
-            raise work.refuse(name, f"groups are {int(node.groups)}, its importer takes 1")
 
 
 def _uniform(work: _Work, name: str, what: str, values: Array) -> float:
@@ -303,7 +311,7 @@ def _fold(work: _Work, name: str, gain: Array) -> None:
     if np.all(gain == 1):
         return
     for before in work.flat.sources[name]:
-        if kind(work.flat.nodes[before]) not in _WEIGHTS or work.consumers[before] != (name,):
+        if kind(work.nodes[before]) not in _WEIGHTS or work.consumers[before] != (name,):
             raise work.refuse(name, f"a gain of {float(np.ravel(gain)[0]):g} has no weights of its own before it to go into")
         _scale(work, before, gain)
     work.done.append(f"node {name}: its gain went into the weights before it")
@@ -319,7 +327,7 @@ def _scale(work: _Work, name: str, gain: Array) -> None:
     if factor is None:
         raise work.refuse(name, f"{outputs} outputs, and {len(by_output)} gains behind it")
     weight = np.asarray(node.weight, np.float64) * factor.reshape(-1, *[1] * (np.ndim(node.weight) - 1))
-    fields = {"weight": weight} | ({} if kind(node) == "Linear" else {"bias": np.asarray(node.bias, np.float64) * factor})
+    fields = {"weight": weight} | ({} if not hasattr(node, "bias") else {"bias": np.asarray(node.bias, np.float64) * factor})
     work.nodes[name] = _changed(node, **fields)
 
 
@@ -336,7 +344,7 @@ def _pool(work: _Work, name: str) -> None:
         last = behind
         while kind(work.flat.nodes[last]) == "Flatten" and len(work.consumers[last]) == 1:
             last = work.consumers[last][0]
-        if kind(work.flat.nodes[last]) not in _WEIGHTS or len(work.flat.sources[last]) > 1:
+        if kind(work.nodes[last]) not in _WEIGHTS or len(work.flat.sources[last]) > 1:
             raise work.refuse(
                 name, f"it becomes an {work.dialect.pool}, and {last} behind it has no weights for the window's size"
             )
@@ -344,6 +352,30 @@ def _pool(work: _Work, name: str) -> None:
     fields = {key: np.array(pair(getattr(node, key))) for key in ("kernel_size", "stride", "padding")}
     work.nodes[name] = _nir(work.dialect.pool, **fields)
     work.done.append(f"node {name}: {which} became {work.dialect.pool}, the window's size went into the weights behind it")
+
+
+def _as_weights(work: _Work, name: str, shape: tuple[int, ...]) -> None:
+    """A Scale as a convolution of 1 x 1, or as a Linear with a diagonal."""
+    scale = np.broadcast_to(np.asarray(work.flat.nodes[name].scale, np.float64), shape).reshape(shape[0], -1)
+    if np.any(scale != scale[:, :1]) or len(shape) not in (1, 3):
+        raise work.refuse(name, "it differs within a channel, and there is no such node")
+    diagonal = np.diag(scale[:, 0])
+    if len(shape) == 1:
+        work.nodes[name] = _nir("Linear", weight=diagonal)
+    else:
+        fields = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1, "bias": np.zeros(shape[0])}
+        work.nodes[name] = _nir("Conv2d", input_shape=shape[1:], weight=diagonal[..., None, None], **fields)
+    work.done.append(f"node {name}: a Scale became weights, one for each channel")
+
+
+def _ungrouped(node: Any) -> Array:
+    """Weights of a convolution with groups for all channels, (outputs, inputs, ...)."""
+    weight, groups = np.asarray(node.weight, np.float64), int(node.groups)
+    outputs, inputs = len(weight) // groups, weight.shape[1]
+    full = np.zeros((len(weight), groups * inputs, *weight.shape[2:]))
+    for g in range(groups):
+        full[g * outputs : (g + 1) * outputs, g * inputs : (g + 1) * inputs] = weight[g * outputs : (g + 1) * outputs]
+    return full
 
 
 def _built(work: _Work) -> Legal:

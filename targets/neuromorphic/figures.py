@@ -13,7 +13,7 @@ chip, so it stands beside the same proxy of ONE dense pass, beside the number of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from edgekit.nir.nodes import stateless
 from edgekit.nir.semantics import FIRING, INTEGRATING, kind
 from edgekit.targets.neuromorphic.layers import Network, network
 
-__all__ = ["AC_PICOJOULES", "MAC_PICOJOULES", "Cost", "LayerFigures", "count"]
+__all__ = ["AC_PICOJOULES", "MAC_PICOJOULES", "PROXY", "Cost", "LayerFigures", "count"]
 
 AC_PICOJOULES, MAC_PICOJOULES = 0.9, 4.6
 PROXY = "energy is a proxy by convention (0.9 pJ an AC, 4.6 pJ a MAC, 45 nm, Horowitz 2014), not a measurement"
@@ -101,17 +101,24 @@ class Cost:
         }
 
 
-def count(graph: Any, inputs: NDArray[Any] | Mapping[str, NDArray[Any]], dt: float | None = None) -> Cost:
+def count(
+    graph: Any,
+    inputs: NDArray[Any] | Mapping[str, NDArray[Any]],
+    dt: float | None = None,
+    spikes: Mapping[str, NDArray[Any]] | None = None,
+) -> Cost:
     """Run a graph in float64 and count.
 
     Args:
         inputs: (T, N, *shape), or one for each input node by its name.
+        spikes: rasters of neurons, (T, N, ...), that a simulator gave, to count instead of the graph's own.
 
     Raises:
         UnsupportedError, InputError: the graph or the inputs cannot be run.
     """
     net = network(graph)
-    trace = interpret(graph, inputs, dt=dt, record=None)
+    trace = interpret(graph, inputs, dt=dt, record=None, forced=spikes or {})
+    trace = replace(trace, values={**trace.values, **{n: np.asarray(x, np.float64) for n, x in (spikes or {}).items()}})
     steps, samples = next(iter(trace.values.values())).shape[:2]
     rows = []
     for name in (n for group in net.flat.groups for n in group):
@@ -119,10 +126,10 @@ def count(graph: Any, inputs: NDArray[Any] | Mapping[str, NDArray[Any]], dt: flo
         if which in _WEIGHTS:
             rows.append(_weights(net, trace, name, samples))
         elif which in FIRING + INTEGRATING:
-            spikes = float(trace.values[name].sum()) / samples if which in FIRING else 0.0
+            emitted = float(trace.values[name].sum()) / samples if which in FIRING else 0.0
             size = int(np.prod(net.shapes[name], dtype=int))
             currents = 2 if which.startswith("Cuba") else 1
-            rows.append(LayerFigures(name, kind(node), spikes=spikes, updates=currents * size * steps))
+            rows.append(LayerFigures(name, kind(node), spikes=emitted, updates=currents * size * steps))
     return Cost(steps, samples, tuple(rows))
 
 

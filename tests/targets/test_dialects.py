@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from neuromorphic_nets import conv_net, cuba_net, lif, lif_net, nir, recurrent_net, spikes
+from neuromorphic_nets import conv_net, cuba_net, lif, lif_net, nir, recurrent_net, scaled_net, spikes
 
 from edgekit.errors import InputError, UnsupportedError
 from edgekit.nir import interpret
@@ -61,6 +61,8 @@ NETS = {
     "subtract": lambda: lif_net(reset="subtract"),
     "r_and_leak": lambda: lif_net(tie="gt", r=3.0, leak=-0.4),
     "conv": conv_net,
+    "conv_groups": lambda: conv_net(groups=2),
+    "conv_scaled": scaled_net,
     "conv_zero": lambda: conv_net(reset="zero", start=0.0),
     "conv_average": lambda: conv_net(reset="zero", start=0.0, pool="AvgPool2d"),
 }
@@ -126,6 +128,17 @@ def test_what_cannot_be_said_is_refused_with_node_and_reason() -> None:
     refused(graph, "spikingjelly", "node lif1 .* a gain of .* has no weights of its own before it")
     with pytest.raises(InputError, match="dialect 'brian' is unknown; choose one of: spikingjelly"):
         legalize(lif_net(), "brian")
+
+
+def test_sums_are_left_to_importers_that_compute_them() -> None:
+    """norse 1.1.0 and sinabs 3.1.3 read a node of two sources as something else, without a word."""
+    graph = recurrent_net()
+    graph.edges = [edge for edge in graph.edges if "rec" not in edge]
+    del graph.nodes["rec"]
+    for dialect in ("norse", "sinabs"):
+        with pytest.raises(UnsupportedError, match=r"node last .* it sums fc2, skip; its importer takes chains only"):
+            legalize(graph, dialect)
+    assert legalize(graph, "spikingjelly").names == {"lif": "lif", "last": "last"} == legalize(graph, "snntorch").names
 
 
 def test_what_was_done_is_told() -> None:

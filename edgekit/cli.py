@@ -226,6 +226,35 @@ def analyze(
 
 
 @app.command()
+def attack(
+    run: Run,
+    kind: Annotated[
+        list[str] | None, typer.Option("--kind", help="fgsm, pgd or sda (repeat for more); fgsm and pgd if left out.")
+    ] = None,
+    eps: Annotated[
+        list[float] | None, typer.Option("--eps", help="Size in 255ths of the input's range (repeat for more).")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of pgd.")] = 10,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Evaluation samples that are attacked.")] = 100,
+    seed: Seed = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Attack a run's spiking program: what accuracy is left, and how many bits of a binary input it takes."""
+    from edgekit import robustness
+
+    with console.progress_bars(quiet=json) as progress:
+        found = robustness.attack_run(
+            run, kind or ("fgsm", "pgd"), eps=eps or (2.0, 8.0), steps=steps, samples=samples, seed=seed, progress=progress
+        )
+    if json:
+        console.print_json(found)
+        return
+    rows = found["rows"]
+    console.print_table(f"{rows[0]['samples']} evaluation samples", list(rows[0]), [list(r.values()) for r in rows])
+
+
+@app.command()
 def predict(
     path: Annotated[Path, typer.Argument(help="A recipe.yaml or a run folder.", metavar="RECIPE|RUN", show_default=False)],
     target: Names = None,

@@ -39,7 +39,8 @@ class PDSG(Observing):
     def observe(self, u: Tensor) -> Callable[[Tensor], Tensor]:
         axes = [0, *range(2, u.dim())]  # images keep the channel; vectors have one spread for all
         axes = axes if u.dim() > 2 else [0, 1]
-        total, square = u.double().sum(axes, keepdim=True), u.double().square().sum(axes, keepdim=True)
+        total = u.sum(axes, keepdim=True, dtype=torch.float64)
+        square = u.square().sum(axes, keepdim=True, dtype=torch.float64)
         self.total = total if self.total is None else self.total + total
         self.square = square if self.square is None else self.square + square
         self.count += u.numel() / total.numel()

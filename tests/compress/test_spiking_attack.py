@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from edgekit import Data
 from edgekit.compress.spiking import Spiking
 from edgekit.compress.spiking.attack import PDSG, attack, differentiable, fgsm, pgd, sparse
 from edgekit.compress.steps import apply
-from edgekit.errors import ModelError
+from edgekit.errors import DataError, InputError, ModelError
 from edgekit.frozen import FrozenProgram
 from edgekit.recipe import Block
 
@@ -84,6 +86,23 @@ def test_on_a_linear_model_the_largest_weights_are_flipped() -> None:
     model = lambda v: torch.stack([v.flatten(1) @ w, torch.zeros(len(v))], 1)  # noqa: E731
     found = sparse(model, x, 0, k=2)
     assert found.success and found.flips == 1 and found.x.tolist() == [[1, 1, 1, 1, 0, 0]]
+
+
+def test_a_run_folder_is_attacked(made: tuple[FrozenProgram, Tensor, Tensor], tmp_path: Path) -> None:
+    from edgekit.pipeline import export_program
+    from edgekit.recipe import in_memory
+    from edgekit.robustness import attack_run
+
+    program, x, y = made
+    export_program(program, tmp_path / "run", in_memory(compress=[], targets=[]), {"passes": []})
+    found = attack_run(tmp_path / "run", ("fgsm", "sda"), eps=(51.0,), samples=20, data=Data(calibration=x, evaluation=(x, y)))
+    assert json.loads((tmp_path / "run" / "robustness.json").read_text()) == found
+    assert [r["attack"] for r in found["rows"]] == ["fgsm", "sda"] and found["rows"][0]["eps"] == pytest.approx(0.2)
+    assert found["rows"][1]["success %"] > 80 and found["rows"][1]["of the input %"] < 60
+    with pytest.raises(InputError, match="attack 'magic' is unknown; there are fgsm, pgd, sda"):
+        attack_run(tmp_path / "run", ("magic",))
+    with pytest.raises(DataError, match="labelled evaluation samples"):
+        attack_run(tmp_path / "run", data=Data(calibration=x))
 
 
 def test_what_cannot_be_attacked_is_said(made: tuple[FrozenProgram, Tensor, Tensor]) -> None:

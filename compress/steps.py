@@ -25,6 +25,7 @@ from edgekit.errors import InputError
 from edgekit.frozen import FrozenProgram
 
 if TYPE_CHECKING:
+    from edgekit.compress.lowrank.metered import Measure
     from edgekit.compress.spiking.unroll import SpikingNet
 
 __all__ = ["Compressed", "apply"]
@@ -66,6 +67,7 @@ class _State:
     passes: tuple[dict[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()
     folder: Path | None = None
+    measure: Measure | None = None
 
 
 def apply(
@@ -76,12 +78,14 @@ def apply(
     name: str = "model",
     progress: Progress | None = None,
     folder: Path | None = None,
+    measure: Measure | None = None,
 ) -> Compressed:
     """Compress ``model`` by ``blocks``, each with a ``kind`` ("lowrank", "ptq", "qat", ...) and its ``settings``.
 
     Args:
         folder: finished parts of long methods are kept here and taken from here, so that an interrupted call goes on where it
             was; for one model, data and blocks only.
+        measure: what a program costs on a target, for budgets in that (:func:`edgekit.layer_costs.measure`).
 
     Raises:
         InputError: no blocks, or a float pass after quantization.
@@ -92,7 +96,7 @@ def apply(
     from edgekit.compress.ptq.simulate import simulate
 
     graph = capture(model, sample_inputs(model, data))
-    state = _State(graph, graph, folder=folder)
+    state = _State(graph, graph, folder=folder, measure=measure)
     for block in blocks:
         if state.spiking is not None:
             raise InputError(f"compress: `{block.kind}` stands after `spiking`, which ends the network; put it before")
@@ -144,10 +148,10 @@ def _rewrite() -> FloatPass:
     return rewrite
 
 
-def _lowrank() -> FloatPass:
+def _lowrank(state: _State, block: _Block, data: Data, progress: Progress | None) -> _State:
     from edgekit.compress.lowrank.step import lowrank
 
-    return lowrank
+    return _in_float(lambda: partial(lowrank, measure=state.measure), state, block, data, progress)
 
 
 def _binary(state: _State, block: _Block, data: Data, progress: Progress | None) -> _State:
@@ -208,7 +212,7 @@ def _spiking_program(state: _State, captured: Graph, name: str, settings: Any, d
 
 _STEPS: dict[str, Callable[[_State, _Block, Data, Progress | None], _State]] = {
     "rewrite": partial(_in_float, _rewrite, exact=True),
-    "lowrank": partial(_in_float, _lowrank),
+    "lowrank": _lowrank,
     "binary": _binary,
     "repair": _repair,
     "ptq": _ptq,

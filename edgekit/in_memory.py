@@ -25,6 +25,7 @@ from edgekit.data import Data
 from edgekit.errors import ModelError, cause
 from edgekit.frozen import FrozenProgram
 from edgekit.intake import check_model
+from edgekit.layer_costs import measure
 from edgekit.pipeline import Loaded, Outcome, Progress
 from edgekit.recipe import Recipe, Verify
 
@@ -62,7 +63,7 @@ def compress_model(
     settings = recipe.replace(recipe.in_memory(compress=compress, seed=seed, name=name), device=device)
     notes = pipeline.device_notes(settings, device)
     found = _taken(model, data, seed)
-    made = apply(found.model, settings.compress, found.data, name=name, progress=progress)
+    made = apply(found.model, settings.compress, found.data, name=name, progress=progress, measure=measure)
     made.record["warnings"] = [*notes, *made.record["warnings"]]
     return made
 

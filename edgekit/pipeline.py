@@ -442,14 +442,16 @@ def _compress(stages: Stages, settings: Recipe, loaded: Loaded) -> None:
     def quantize() -> list[str]:
         from edgekit.compress import apply
         from edgekit.frozen import save
+        from edgekit.layer_costs import measure
 
         _seed(settings.seed)
         unfinished = cache.folder() / "unfinished" / cache.key("compress", inputs)
         if not stages.resume:
             shutil.rmtree(unfinished, ignore_errors=True)
         made = apply(
-            loaded.model, settings.compress, loaded.data, name=settings.name, progress=stages.progress, folder=unfinished
-        )
+            loaded.model, settings.compress, loaded.data, name=settings.name, progress=stages.progress, folder=unfinished,
+            measure=measure,
+        )  # fmt: skip
         save(made.program, stages.folder / "frozen.pt2")
         evaluation = outputs.evaluation_set(loaded.data, len(loaded.sample))
         warnings = [*made.record["warnings"], *range_warnings(made.program, evaluation)]

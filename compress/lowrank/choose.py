@@ -59,12 +59,16 @@ def _break_even(layer: Layer) -> str:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer in the auction: ``price`` of its dense form, its options, and what a unit of relative error does to the model."""
+    """A layer in the auction: the cost of its dense form, its options, and what a unit of relative error does to the model.
+
+    ``cost`` of an option, where that depends on the layer.
+    """
 
     name: str
     dense: float
     options: tuple[Option, ...]
     sensitivity: float
+    cost: Callable[[Option], float] | None = None
 
 
 def spend(
@@ -77,7 +81,7 @@ def spend(
     """Layer name to its option, None where it stays dense, so that the costs' sum is at most ``budget``.
 
     Args:
-        cost: of an option, in the budget's unit.
+        cost: of an option, in the budget's unit, for candidates without their own.
         budget: for these layers together, in the same unit.
         what: the setting, for the error.
         reachable: the setting that these layers' least cost makes, for the error.
@@ -85,7 +89,7 @@ def spend(
     Raises:
         InputError: even the smallest options cost more.
     """
-    tables = [_table(c, cost) for c in candidates]
+    tables = [_table(c, c.cost or cost) for c in candidates]
     least = sum(min(price for price, _, _ in t) for t in tables)
     if least > budget:
         raise InputError(f"lowrank: {what} cannot be reached; the least reachable is {reachable(least)}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from edgekit.compress.lowrank.layers import Layer, Part
 from edgekit.compress.lowrank.moments import Moments, side_of
 from edgekit.compress.lowrank.plan import Factorized, Model, factorize_layers, refusal, schemes_of
-from edgekit.compress.lowrank.settings import BUDGETS, LowRank, parse_rank
+from edgekit.compress.lowrank.settings import BUDGETS, METERED, LowRank, parse_rank
 from edgekit.compress.passes import PassRecord
 from edgekit.data import Source, batches, input_count
 from edgekit.errors import DataError, InputError
@@ -66,6 +66,11 @@ def factorize(
         settings = LowRank(rank=rank, **options)
     except ValueError as error:
         raise InputError(f"factorize: {error}") from None
+    if parse_rank(settings.rank).kind in METERED:
+        raise InputError(
+            f"factorize: {settings.rank} is measured on a target, which a recipe's lowrank block does: `edgekit run`, or "
+            "edgekit.compress_model(model, data, {'lowrank': {...}})"
+        )
     if calibration is None and (settings.solver == "svd_data" or parse_rank(settings.rank).kind in BUDGETS):
         raise InputError("factorize: solver svd_data and budgets need calibration data; give calibration=")
     stream = None if calibration is None else _stream(model, settings, calibration)

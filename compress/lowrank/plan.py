@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 from torch import Tensor
 
 from edgekit.compress.lowrank.choose import Candidate, choose, nothing_pays, spend
 from edgekit.compress.lowrank.layers import Layer, Part, effective_weight
+from edgekit.compress.lowrank.metered import Line, Meter
 from edgekit.compress.lowrank.moments import Moments
-from edgekit.compress.lowrank.settings import BUDGETS, LowRank, Rank, parse_rank
+from edgekit.compress.lowrank.settings import BUDGETS, METERED, LowRank, Rank, parse_rank
 from edgekit.compress.lowrank.split import Option, Split, split_layer
 from edgekit.errors import InputError
 
@@ -28,12 +29,19 @@ class Model:
         size: bytes of them in a frozen program with 8-bit weights: four for each value of a vector (a bias), one for others.
         macs: multiply-accumulates for one sample.
         outputs: the model's outputs on some calibration samples with the weights of these parameter names replaced.
+        meter: what measures, for budgets of what a target measures; ``metered`` is the model's own cost in that.
+        less: what such a budget is made smaller by, because the model that it led to cost more than its layers promised.
+        lines: costs that were measured already; new ones are added.
     """
 
     params: int
     size: int
     macs: int
     outputs: Callable[[Mapping[str, Tensor]], Sequence[Tensor]]
+    meter: Meter | None = None
+    metered: float = 0.0
+    less: float = 0.0
+    lines: dict[str, Line] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,19 +143,14 @@ def _split(layer: Layer, moments: Mapping[str, Moments], settings: LowRank, exac
 def _by_budget(
     layers: Sequence[Layer], moments: Mapping[str, Moments], settings: LowRank, rank: Rank, model: Model
 ) -> Mapping[str, Option | None]:
-    dense = "macs" if rank.kind == "macs" else "params"
-    wanted = model.outputs({})
-    candidates = []
-    for layer in layers:
-        split = _split(layer, moments, settings, None)
-        if split.options:
-            harm = _sensitivity(split, wanted, model)
-            candidates.append(Candidate(layer.name, getattr(split, dense), split.options, harm))
+    candidates = _candidates(layers, moments, settings, rank, model)
     if not candidates:
         raise InputError(f"lowrank: {settings.rank} cannot be reached: no layer can be factorized with a saving")
-    total = {"params": model.params, "size": model.size, "macs": model.macs}[rank.kind]
+    wanted = model.outputs({})
+    totals = {"params": model.params, "size": model.size, "macs": model.macs}
+    total = totals.get(rank.kind, model.metered)
     fixed = total - sum(c.dense for c in candidates)
-    budget = (rank.value if rank.kind == "size" else rank.value * total) - fixed
+    budget = (rank.value if rank.kind == "size" else rank.value * total) - fixed - model.less
     by_name = {layer.name: layer for layer in layers}
 
     def damage(chosen: Mapping[str, Option | None]) -> float:
@@ -166,7 +169,7 @@ def _by_budget(
     trials = [
         spend(
             [replace(c, sensitivity=c.sensitivity**power) for c in candidates],
-            _COSTS[rank.kind],
+            _COSTS.get(rank.kind, _COSTS["macs"]),
             budget,
             str(settings.rank),
             reachable,
@@ -174,6 +177,22 @@ def _by_budget(
         for power in _POWERS
     ]
     return min(trials, key=damage)
+
+
+def _candidates(
+    layers: Sequence[Layer], moments: Mapping[str, Moments], settings: LowRank, rank: Rank, model: Model
+) -> list[Candidate]:
+    """Layers with options, what they cost dense, and what their error does to the outputs."""
+    wanted = model.outputs({})
+    splits = {layer.name: split for layer in layers if (split := _split(layer, moments, settings, None)).options}
+    harms = {name: _sensitivity(split, wanted, model) for name, split in splits.items()}
+    if rank.kind in METERED:
+        assert model.meter is not None
+        if not model.lines:
+            model.lines.update(model.meter.layers([s.layer for s in splits.values()], {n: s.options for n, s in splits.items()}))
+        return [Candidate(n, model.lines[n].dense, s.options, harms[n], model.lines[n]) for n, s in splits.items()]
+    dense = "macs" if rank.kind == "macs" else "params"
+    return [Candidate(n, getattr(s, dense), s.options, harms[n]) for n, s in splits.items()]
 
 
 _POWERS = (1.0, 0.75, 0.5, 0.25, 0.0)

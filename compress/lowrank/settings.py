@@ -6,28 +6,35 @@ import re
 from dataclasses import dataclass as plain_dataclass
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-__all__ = ["BUDGETS", "LowRank", "Rank", "parse_rank"]
+__all__ = ["BUDGETS", "METERED", "LowRank", "Rank", "parse_rank"]
 
 _FORBID = ConfigDict(extra="forbid")
 
-BUDGETS = ("params", "macs", "size")
+METERED = ("instructions", "latency")
+"""Budgets in what a target measures."""
+
+BUDGETS = ("params", "macs", "size", *METERED)
 _UNITS = {"": 1, "B": 1, "KB": 1000, "KIB": 1024, "MB": 10**6, "MIB": 2**20}
-_FORMS = "an integer, a fraction of the break-even rank below 1, energy:0.95, params:0.5, macs:0.5 or size:200KB"
+_FORMS = (
+    "an integer, a fraction of the break-even rank below 1, energy:0.95, params:0.5, macs:0.5, size:200KB, instructions:0.5 or "
+    "latency:0.5"
+)
 
 
 @plain_dataclass(frozen=True)
 class Rank:
-    """What decides the ranks: ``kind`` is "rank", "fraction", "energy", "params", "macs" or "size"; ``value`` its number."""
+    """What decides the ranks: ``kind`` is "rank", "fraction", "energy" or one of :data:`BUDGETS`; ``value`` its number."""
 
     kind: str
     value: float
 
 
 def parse_rank(text: int | float | str) -> Rank:
-    """``32``, ``0.5``, ``"energy:0.95"``, ``"params:0.5"``, ``"macs:0.5"``, ``"size:200KB"`` (or 200KiB, 1MB, bytes).
+    """``32``, ``0.5``, ``"energy:0.95"``, ``"params:0.5"``, ``"macs:0.5"``, ``"size:200KB"`` (or 200KiB, 1MB, bytes),
+    ``"instructions:0.5"``, ``"latency:0.5"``.
 
     Raises:
         ValueError: none of these, or a number out of range.
@@ -49,7 +56,7 @@ def parse_rank(text: int | float | str) -> Rank:
         unit = _UNITS.get(found[2].upper())
         if unit is not None and float(found[1]) > 0:
             return Rank("size", float(found[1]) * unit)
-    if kind in ("energy", "params", "macs") and re.fullmatch(r" *\d*\.?\d+ *", value):
+    if kind in ("energy", "params", "macs", *METERED) and re.fullmatch(r" *\d*\.?\d+ *", value):
         return Rank(kind, _share(float(value)))
     raise ValueError(f"expected {_FORMS}")
 
@@ -67,8 +74,10 @@ class LowRank:
     Attributes:
         rank: an integer; a fraction of the break-even rank, the one that has as many weights as the layer (0.5);
             ``energy:0.95``, the share of each layer's output energy that is kept; or a budget for the whole model, spread over
-            the layers by measured sensitivity: ``params:0.5``, ``macs:0.5`` (shares of the model's) or ``size:200KB`` (weights
-            at one byte each, biases at four).
+            the layers by measured sensitivity: ``params:0.5``, ``macs:0.5`` (shares of the model's), ``size:200KB`` (weights
+            at one byte each, biases at four), or ``instructions:0.5`` and ``latency:0.5`` of ``target``.
+        target: what a budget of instructions (``cortex-m4``, ...) or latency (``tflite``, ``executorch``, ``onnx``, on this
+            machine) is measured on, with 8-bit weights and activations.
         solver: ``svd_data`` (default): the least error of the layer's output on calibration data; ``svd``: the least error of
             the weight (Eckart and Young 1936); ``snmf``: semi-non-negative factorization (Ding et al. 2010); ``random``: new
             weights, to be trained.
@@ -86,6 +95,7 @@ class LowRank:
     """
 
     rank: int | float | str = "energy:0.95"
+    target: str = ""
     solver: Literal["svd_data", "svd", "snmf", "random"] = "svd_data"
     scheme: Literal["auto", "ced", "spatial", "tucker"] = "auto"
     multiple: Annotated[int, Field(ge=1)] = 4
@@ -102,6 +112,20 @@ class LowRank:
     def _rank(cls, value: int | float | str) -> int | float | str:
         parse_rank(value)
         return value
+
+    @field_validator("target")
+    @classmethod
+    def _target(cls, value: str, info: ValidationInfo) -> str:
+        metered = "rank" in info.data and parse_rank(info.data["rank"]).kind in METERED
+        if value and not metered:
+            raise ValueError("only a budget of instructions or latency has a target")
+        return value
+
+    @model_validator(mode="after")
+    def _measured_on(self) -> LowRank:
+        if parse_rank(self.rank).kind in METERED and not self.target:
+            raise ValueError(f"rank {self.rank} needs a target to be measured on, such as `target: cortex-m4`")
+        return self
 
     @field_validator("scheme")
     @classmethod

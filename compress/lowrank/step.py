@@ -15,9 +15,10 @@ from torch import Tensor, fx
 from edgekit.compress.canonical import ATEN, arguments, assign_tensor, drop_unused_tensors, pair, traced_value
 from edgekit.compress.capture import Graph, tensor_of
 from edgekit.compress.lowrank.layers import Layer
+from edgekit.compress.lowrank.metered import PROBES, Measure, Meter
 from edgekit.compress.lowrank.moments import Moments, side_of
 from edgekit.compress.lowrank.plan import Factorized, Model, factorize_layers, refusal, schemes_of
-from edgekit.compress.lowrank.settings import LowRank
+from edgekit.compress.lowrank.settings import METERED, LowRank, parse_rank
 from edgekit.compress.passes import PassRecord
 from edgekit.data import Data, batches
 from edgekit.errors import DataError, InputError
@@ -31,16 +32,22 @@ _PROBES = 64
 
 
 def lowrank(
-    graph: Graph, settings: LowRank, data: Data, original: Graph | None = None, progress: Progress | None = None
+    graph: Graph,
+    settings: LowRank,
+    data: Data,
+    original: Graph | None = None,
+    progress: Progress | None = None,
+    measure: Measure | None = None,
 ) -> tuple[Graph, PassRecord]:
     """Replace the weighted layers of ``graph`` by chains of thin layers ``name.0``, ``name.1``, ...
 
     Args:
         data: its calibration part is used by ``svd_data`` and by budgets.
         original: not used.
+        measure: for budgets of instructions and latency; edgekit's own way is :func:`edgekit.layer_costs.measure`.
 
     Raises:
-        InputError: a pattern that fits no layer, or a budget that cannot be reached.
+        InputError: a pattern that fits no layer, or a budget that cannot be reached or measured.
         DataError: no calibration data, or NaN and Inf in a layer.
     """
     found, left = graph_layers(graph)
@@ -58,12 +65,54 @@ def lowrank(
             progress("factorize", done, total)
 
     model = Model(before["params"], before["size"], before["macs"], _outputs(graph, settings, data))
-    done, refused = factorize_layers(layers, moments, settings, model, step)
+    figures: dict[str, float | int | str] = {}
+    if (rank := parse_rank(settings.rank)).kind in METERED:
+        if measure is None:
+            raise InputError(f"lowrank: {settings.rank} is measured on a target, which needs apply(..., measure=)")
+        meter = Meter(measure, settings, data, progress)
+        done, refused, figures = _metered(graph, layers, moments, meter, model, step)
+    else:
+        done, refused = factorize_layers(layers, moments, settings, model, step)
     made = _replaced(graph, done)
     after = graph_cost(made)
-    figures = {f"{k} {w}": v[k] for k in ("params", "macs") for w, v in (("before", before), ("after", after))}
+    figures |= {f"{k} {w}": v[k] for k in ("params", "macs") for w, v in (("before", before), ("after", after))}
     warnings = () if done else ("lowrank: no layer was factorized; compress.json has the reason for each",)
+    if rank.kind in METERED and float(figures[f"{rank.kind} after"]) > rank.value * float(figures[f"{rank.kind} before"]):
+        share = float(figures[f"{rank.kind} after"]) / float(figures[f"{rank.kind} before"])
+        warnings = (
+            *warnings,
+            f"lowrank: {settings.rank} of {settings.target} was missed: measured, it is {share:.3f} of the model's",
+        )
     return made, PassRecord({n: f.text for n, f in done.items()}, {**left, **refused}, figures, warnings)
+
+
+_TRIES = 3
+"""Times that a model is measured and its budget made smaller by what it missed: layers cost a little less alone than together."""
+
+
+def _metered(
+    graph: Graph,
+    layers: Sequence[Layer],
+    moments: Mapping[str, Moments],
+    meter: Meter,
+    model: Model,
+    step: Callable[[int, int], None],
+) -> tuple[dict[str, Factorized], dict[str, str], dict[str, float | int | str]]:
+    """What :func:`factorize_layers` gives for a budget that a target measures, and the measured figures."""
+    kind, share = meter.rank.kind, meter.rank.value
+    before = meter.model(graph)
+    lines: dict[str, Any] = {}
+    less = 0.0
+    for _ in range(_TRIES):
+        model = replace(model, meter=meter, metered=before.total, less=less, lines=lines)
+        done, refused = factorize_layers(layers, moments, meter.settings, model, step)
+        after = meter.model(_replaced(graph, done))
+        if after.total <= share * before.total:
+            break
+        less += 1.02 * (after.total - share * before.total)
+    figures: dict[str, float | int | str] = {f"{kind} before": round(before.total, 2), f"{kind} after": round(after.total, 2)}
+    how = f"layers at {PROBES} ranks each, those between interpolated; the model before and after; int8, {before.how}"
+    return done, refused, figures | {"measured on": meter.settings.target, "measured how": how}
 
 
 def graph_layers(graph: Graph) -> tuple[dict[str, Layer], dict[str, str]]:

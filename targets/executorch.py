@@ -267,7 +267,7 @@ def _execute(
         from executorch.extension.pybindings import portable_lib
 
         if needs_kernels(program):
-            load_kernels(portable_lib)
+            load_kernels()
 
         try:
             module = portable_lib._load_for_executorch_from_buffer(program)

@@ -182,23 +182,23 @@ def installed_package() -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def load_kernels(portable_lib: Any) -> None:
-    """Give the kernels to the runtime of this process, which has been imported; nothing if it has them.
-
-    Args:
-        portable_lib: the runtime's Python module.
+def load_kernels() -> None:
+    """Give the kernels to the ExecuTorch runtime of this process; nothing if it has them.
 
     Raises:
-        MissingTool: no compiler.
+        MissingTool: no compiler, or no executorch.
         EdgekitError: they cannot be compiled or loaded.
     """
+    from executorch.extension.pybindings import portable_lib  # the runtime has to be there before its kernels
+
     # a second copy, from another path, would register them again and end the process
     if not any(name.startswith(f"{NAMESPACE}::") for name in portable_lib._get_operator_names()):
-        _open(kernel_library())
+        _loaded()
 
 
 @cache
-def _open(path: Path) -> ctypes.CDLL:
+def _loaded() -> ctypes.CDLL:
+    path = kernel_library()
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -209,11 +209,13 @@ def _open(path: Path) -> ctypes.CDLL:
 
 def variant() -> str:
     """Name of the kernels' variant that this process uses; they are loaded if need be."""
-    name = _open(kernel_library()).edgekit_binary_isa
+    load_kernels()
+    name = _loaded().edgekit_binary_isa
     name.restype = ctypes.c_char_p
     return str(name().decode())
 
 
 def choose_variant(name: str | None) -> bool:
     """Use another variant from now on (None: the best); False if the processor does not have it."""
-    return int(_open(kernel_library()).edgekit_binary_choose_isa(None if name is None else name.encode())) == 0
+    load_kernels()
+    return int(_loaded().edgekit_binary_choose_isa(None if name is None else name.encode())) == 0

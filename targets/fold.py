@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-__all__ = ["fold_constants"]
+__all__ = ["copied", "fold_constants", "lift", "prune"]
 
 _CONSTANT = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _PLAIN = (int, float, bool, str, complex, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -31,11 +31,7 @@ def fold_constants(program: ExportedProgram, keep: Collection[Callable[..., Any]
         A program whose folded tensors are lifted constants named ``_folded_0``, ``_folded_1``, ... in graph order; unused
         nodes, parameters, buffers and constants are gone.
     """
-    result = copy.copy(program)
-    result._graph_module = copy.deepcopy(program.graph_module)
-    result._graph_signature = copy.deepcopy(program.graph_signature)
-    result._state_dict = dict(program.state_dict)
-    result._constants = dict(program.constants)
+    result = copied(program)
     known = _constants(result)
     before = set(known)
     with torch.no_grad():
@@ -45,10 +41,20 @@ def fold_constants(program: ExportedProgram, keep: Collection[Callable[..., Any]
     number = 0
     for node in [n for n in result.graph.nodes if n in known and n not in before]:
         if isinstance(known[node], Tensor) and any(user not in known for user in node.users):
-            _lift(result, node, f"_folded_{number}", known[node])
+            node.replace_all_uses_with(lift(result, f"_folded_{number}", known[node], node.meta["val"]))
             number += 1
-    _prune(result)
+    prune(result)
     result.graph_module.recompile()
+    return result
+
+
+def copied(program: ExportedProgram) -> ExportedProgram:
+    """A copy whose graph, signature and sets of tensors can be edited; the tensors are the same."""
+    result = copy.copy(program)
+    result._graph_module = copy.deepcopy(program.graph_module)
+    result._graph_signature = copy.deepcopy(program.graph_signature)
+    result._state_dict = dict(program.state_dict)
+    result._constants = dict(program.constants)
     return result
 
 
@@ -92,21 +98,21 @@ def _values(value: Any, known: dict[fx.Node, Any]) -> Any:
     return fx.node.map_arg(value, lambda node: known[node])
 
 
-def _lift(program: ExportedProgram, node: fx.Node, name: str, value: Tensor) -> None:
-    """Replace ``node`` by a new constant placeholder, before the first input of the user."""
+def lift(program: ExportedProgram, name: str, value: Tensor, fake: Any) -> fx.Node:
+    """A new constant placeholder of that name, before the first input of the user; ``fake``: what its node's "val" is."""
     specs = program.graph_signature.input_specs
     placeholders = _placeholders(program)
     at = next((i for i, spec in enumerate(specs) if spec.kind == InputKind.USER_INPUT), len(specs))
     anchor = placeholders[at] if at < len(placeholders) else next(n for n in program.graph.nodes if n.op != "placeholder")
     with program.graph.inserting_before(anchor):
-        new = program.graph.placeholder(name)
-    new.meta["val"] = node.meta["val"]
+        new: fx.Node = program.graph.placeholder(name)
+    new.meta["val"] = fake
     specs.insert(at, InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(new.name), name, None))
     program.constants[name] = value.detach().clone(memory_format=torch.contiguous_format)
-    node.replace_all_uses_with(new)
+    return new
 
 
-def _prune(program: ExportedProgram) -> None:
+def prune(program: ExportedProgram) -> None:
     """Remove nodes without a use, then constants without a use."""
     graph, signature = program.graph, program.graph_signature
     for node in reversed(list(graph.nodes)):

@@ -19,7 +19,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from edgekit.errors import FormatError, InputError, ParityError, UnsupportedErro
 from edgekit.files import write_whole
 from edgekit.frozen import FrozenProgram
 from edgekit.targets import onnx_facts, preflight
+from edgekit.targets.binary_int8 import int8_form, packed, renamed, rows
 from edgekit.targets.onnx_rules import RULES, Expansion
 
 __all__ = [
@@ -77,7 +78,7 @@ def lower(program: FrozenProgram, path: Path, options: Options | None = None) ->
     """
     _require()
     preflight.check_program(program, "onnx")
-    write_whole(Path(path), _model(program, options or Options()).SerializeToString(deterministic=True))
+    write_whole(Path(path), _model(int8_form(program), options or Options()).SerializeToString(deterministic=True))
     mismatches = readback(path, program)
     if mismatches:
         raise ParityError(f"{path}: {mismatches[0]} ({len(mismatches)} differences in all)")
@@ -91,7 +92,8 @@ def inspect(path: Path, program: FrozenProgram) -> Artifact:
         FormatError: the file is missing, truncated or not an ONNX model.
     """
     model = onnx_facts.read(path)
-    return onnx_facts.artifact(path, model, _optimized(model, path), program)
+    found = onnx_facts.artifact(path, model, _optimized(model, path), int8_form(program))
+    return replace(found, coverage=rows(program, found.coverage))
 
 
 def readback(path: Path, program: FrozenProgram) -> list[Mismatch]:
@@ -100,7 +102,7 @@ def readback(path: Path, program: FrozenProgram) -> list[Mismatch]:
     Raises:
         FormatError: the file is missing, truncated or not an ONNX model.
     """
-    return onnx_facts.mismatches(onnx_facts.read(path), program)
+    return renamed(program, onnx_facts.mismatches(onnx_facts.read(path), int8_form(program)))
 
 
 def run(
@@ -149,12 +151,13 @@ def tap_file(path: Path, program: FrozenProgram) -> TapFile:
 
     model = onnx_facts.read(path)
     produced = {name for node in model.graph.node for name in node.output}
-    names = [n.name for n in program.layers if n.out_scale is not None and n.name in produced]
+    names = [n.name for n in int8_form(program).layers if n.out_scale is not None and n.name in produced]
     del model.graph.output[:]
     model.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None) for name in names)
 
     def layers(values: Sequence[NDArray[Any]]) -> dict[str, NDArray[np.int8]]:
-        return {name: (value.astype(np.int16) - 128).astype(np.int8) for name, value in zip(names, values, strict=True)}
+        signed = {name: (value.astype(np.int16) - 128).astype(np.int8) for name, value in zip(names, values, strict=True)}
+        return packed(program, signed)
 
     return TapFile(model.SerializeToString(), (), layers)
 

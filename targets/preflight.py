@@ -19,8 +19,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 from edgekit.compress.explain import source_line
 from edgekit.errors import UnsupportedError
 from edgekit.frozen import FrozenProgram, Layer
-from edgekit.frozen.binary_ops import BINARY_OPS
 from edgekit.targets.accepted import ACCEPTED, REMEDIES
+from edgekit.targets.binary_int8 import int8_form
 
 __all__ = ["Problem", "check_model", "check_program"]
 
@@ -86,6 +86,8 @@ def check_program(program: FrozenProgram, target: str) -> None:
 
         to_nir(program)
         return
+    if target in ("tflite", "onnx"):
+        program = int8_form(program)
     problems = [p for layer in program.layers for p in _layer(layer, target, program.sources.get(layer.name, ""))]
     problems += _edges(program) if target == "onnx" else []
     # a frozen graph has no stack traces, so that its bytes do not depend on where the model lay
@@ -192,10 +194,7 @@ def _layer(layer: Layer, target: str, source: str) -> Iterator[Problem]:
     if bits - ({8, 16} if target == "tflite" else {8}):
         remedy = "set activations: int8; the target tflite takes int16"
         yield Problem(layer.name, layer.op, source, f"its activations have {max(bits)} bits, {target} takes 8", remedy)
-    if layer.op in BINARY_OPS and target != "executorch":
-        remedy = "drop this target, or the recipe's `binary` step"
-        yield Problem(layer.name, layer.op, source, f"{target} does not take the 1-bit operator {layer.op}", remedy)
-    elif target == "onnx":
+    if target == "onnx":
         from edgekit.targets.onnx_rules import RULES
 
         if layer.op not in RULES:

@@ -32,6 +32,7 @@ from edgekit.files import write_whole
 from edgekit.frozen import FrozenProgram, Layer
 from edgekit.targets import preflight
 from edgekit.targets import tflite_facts as facts
+from edgekit.targets.binary_int8 import int8_form, packed, renamed, rows
 from edgekit.targets.tflite_convert import convert, quiet
 from edgekit.targets.tflite_file import AGAIN, Tensor, TfliteFile, parse, read, serialize
 from edgekit.targets.tflite_finish import finish
@@ -84,6 +85,7 @@ def lower(program: FrozenProgram, path: Path, options: Options | None = None) ->
     options = options or Options()
     _refuse(program)
     preflight.check_program(program, "tflite")
+    original, program = program, int8_form(program)
     wide = is_wide(program)
     made = twin(program) if wide else program
     content = convert(made, options.channel_last)
@@ -95,9 +97,9 @@ def lower(program: FrozenProgram, path: Path, options: Options | None = None) ->
     wrong = facts.compare(file, program)
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise ParityError(f"the TFLite converter changed the program: {wrong[0]}{more}")
+        raise ParityError(f"the TFLite converter changed the program: {renamed(original, wrong)[0]}{more}")
     write_whole(path, content)
-    return _artifact(Path(path), parse(Path(path).read_bytes(), Path(path).name), program)
+    return _artifact(Path(path), parse(Path(path).read_bytes(), Path(path).name), original)
 
 
 def _refuse(program: FrozenProgram) -> None:
@@ -146,7 +148,7 @@ def readback(path: Path, program: FrozenProgram) -> list[Mismatch]:
     """Weights, weight scales, biases, activation scales and zero points of the file that are not the program's."""
     file = read(path)
     with _damage(path):
-        return facts.compare(file, program)
+        return renamed(program, facts.compare(file, int8_form(program)))
 
 
 @contextlib.contextmanager
@@ -159,14 +161,15 @@ def _damage(path: Path) -> Iterator[None]:
 
 
 def _artifact(path: Path, file: TfliteFile, program: FrozenProgram) -> Artifact:
+    form = int8_form(program)
     return Artifact(
         path=path,
         target="tflite",
         inputs=tuple(facts.spec(file.tensors[i]) for i in file.inputs),
         outputs=tuple(facts.spec(file.tensors[i]) for i in file.outputs),
-        coverage=facts.coverage(file, program, _delegated(path, file)),
+        coverage=rows(program, facts.coverage(file, form, _delegated(path, file))),
         bytes=file.size,
-        notes=facts.notes(file, program),
+        notes=facts.notes(file, form),
         memory=facts.memory(file),
     )
 
@@ -307,12 +310,13 @@ def tap_file(path: Path, program: FrozenProgram, copied: bool = False) -> TapFil
     """
     file = read(path)
     channel_last = facts.layouts(file)
-    kept = [(x, t.index) for x in program.layers if (t := file.by_name.get(x.name)) is not None and t.dtype in _RANGES]
+    kept = [(x, t.index) for x in int8_form(program).layers if (t := file.by_name.get(x.name)) is not None and t.dtype in _RANGES]
 
     def layers(results: Sequence[NDArray[Any]]) -> dict[str, NDArray[np.int8]]:
         pairs = zip(kept, results[len(file.outputs) :], strict=True)
         found = {x.name: _in_program_layout(value, x, channel_last.get(index)) for (x, index), value in pairs}
-        return {name: value for name, value in found.items() if value is not None}
+        present = {name: value for name, value in found.items() if value is not None}
+        return packed(program, present)
 
     inner = tuple(index for _, index in kept)
     if not copied:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
@@ -53,11 +55,32 @@ def test_models_of_a_library_are_rewritten_by_their_graph() -> None:
         assert targets(made).count(ATEN.rms_norm.default) == 5 and not record.left
 
 
-def check(model: nn.Module, x: Tensor, settings: Rewrite) -> tuple[Graph, object]:
+@lru_cache
+def captured(kind: type[nn.Module]) -> Graph:
+    """A style's graph in float64; capturing is what takes the time."""
+    return capture(build(kind).double(), (as_type(inputs(kind), torch.float64)[:2],))
+
+
+def as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def cast(graph: Graph, dtype: torch.dtype, sample: Tensor) -> Graph:
+    """The graph in another precision, traced values included."""
+    module = copy.deepcopy(graph.module).to(dtype)
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.is_floating_point():
+            node.meta = {**node.meta, "val": value.to(dtype)}
+    return replace(graph, module=module, sample=(sample,))
+
+
+def check(model: nn.Module, x: Tensor, settings: Rewrite, known: Graph | None = None) -> tuple[Graph, object]:
     """Equality with the model in float64 and float32; the graph given stays as it was."""
+    double = known or capture(copy.deepcopy(model).double(), (as_type(x, torch.float64)[:2],))
     for dtype, bound in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
-        own, y = copy.deepcopy(model).to(dtype), x.to(dtype) if x.is_floating_point() else x
-        graph = capture(own, (y[:2],))
+        own, y = copy.deepcopy(model).to(dtype), as_type(x, dtype)
+        graph = cast(double, dtype, y[:2])
         state = copy.deepcopy(graph.module.state_dict())
         made, record = rewrite(graph, settings)
         with torch.no_grad():
@@ -76,9 +99,9 @@ def test_norms_and_attention_are_rewritten_exactly_in_every_style(kind: type[nn.
     model, x = build(kind), inputs(kind)
     if norm == "crms" and kind is Generator:  # the last norm's reader shares its weight with the table
         with pytest.raises(ModelError, match="read by something else than linear layers of its own"):
-            check(model, x, Rewrite(norm="crms"))
+            check(model, x, Rewrite(norm="crms"), captured(kind))
         return
-    made, record = check(model, x, Rewrite(norm=norm, attention=True))
+    made, record = check(model, x, Rewrite(norm=norm, attention=True), captured(kind))
     assert ATEN.scaled_dot_product_attention.default not in targets(made)
     assert sum(t == "attention written out" for t in record.layers.values()) == 2
     assert ATEN.layer_norm.default not in targets(made) and not record.left
@@ -200,7 +223,7 @@ def test_what_is_no_pre_norm_stream_is_refused_with_the_reason(kind: type[nn.Mod
 
 
 def test_streams_are_told_apart() -> None:
-    graph = capture(build(Reader), (inputs(Reader)[:2],))
+    graph = captured(Reader)
     (stream,) = find_streams(graph)
     assert len(stream.norms) == 5 and len(stream.producers) == 3 + 2 * 2 and not stream.reason
 

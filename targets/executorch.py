@@ -28,13 +28,13 @@ from edgekit.artifact import Artifact, Mismatch, TapFile, TensorSpec
 from edgekit.errors import FormatError, InputError, ParityError, UnsupportedError, missing_extra
 from edgekit.files import write_whole
 from edgekit.frozen import FrozenProgram
-from edgekit.targets import preflight
+from edgekit.targets import preflight, spiking
 from edgekit.targets.executorch_binary import load_kernels, needs_kernels
 from edgekit.targets.executorch_rules import ATEN_RULES, portable_style, xnnpack_style
 from edgekit.targets.pte_compare import compare, coverage, float_constants, io_quantization
 from edgekit.targets.pte_file import PteFile, read_pte
 from edgekit.targets.pte_layers import Placement, place
-from edgekit.targets.pte_taps import tapped
+from edgekit.targets.pte_taps import choose, spike_taps, tapped
 from edgekit.targets.qdq import to_qdq
 
 __all__ = [
@@ -80,10 +80,11 @@ def lower(program: FrozenProgram, path: Path, options: Options | None = None) ->
     _require()
     options = options or Options()
     preflight.check_program(program, "executorch")
-    write_whole(path, _convert(program, options))
+    made = spiking.plain(program, True)
+    write_whole(path, _convert(made, options))
     file = read_pte(path)
-    placement = place(file, program)
-    if mismatches := compare(file, program, placement):
+    placement = place(file, made)
+    if mismatches := spiking.renamed(compare(file, made, placement), program, True):
         more = f" (and {len(mismatches) - 1} more)" if len(mismatches) > 1 else ""
         raise ParityError(f"{path}: {mismatches[0]}{more}")
     return _artifact(path, file, program, placement)
@@ -96,7 +97,7 @@ def inspect(path: Path, program: FrozenProgram) -> Artifact:
         FormatError: the file is damaged or not an ExecuTorch program.
     """
     file = read_pte(path)
-    return _artifact(path, file, program, place(file, program))
+    return _artifact(path, file, program, place(file, spiking.plain(program, True)))
 
 
 def readback(path: Path, program: FrozenProgram) -> list[Mismatch]:
@@ -105,8 +106,8 @@ def readback(path: Path, program: FrozenProgram) -> list[Mismatch]:
     Raises:
         FormatError: the file is damaged or not an ExecuTorch program.
     """
-    file = read_pte(path)
-    return compare(file, program, place(file, program))
+    file, made = read_pte(path), spiking.plain(program, True)
+    return spiking.renamed(compare(file, made, place(file, made)), program, True)
 
 
 def run(
@@ -164,7 +165,9 @@ def tap_file(path: Path, program: FrozenProgram) -> TapFile:
     _require()
     file = read_pte(path)
     with _quiet():
-        copy, extra = tapped(file, program, place(file, program))
+        made = spiking.plain(program, True)
+        taps = (*choose(file, place(file, made)), *spike_taps(file, program))
+        copy, extra = tapped(file, taps), taps
 
     def layers(outputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         pairs = zip(extra, outputs[len(file.outputs) :], strict=True)
@@ -215,8 +218,9 @@ def _xnnpack_partitioner() -> Any:
     return XnnpackPartitioner(configs=[IntegerPad if c is ConstantPadConfig else c for c in ALL_PARTITIONER_CONFIGS])
 
 
-def _artifact(path: Path, file: PteFile, program: FrozenProgram, placement: Placement) -> Artifact:
-    rows = coverage(file, program, placement)
+def _artifact(path: Path, file: PteFile, original: FrozenProgram, placement: Placement) -> Artifact:
+    program = spiking.plain(original, True)
+    rows = spiking.gathered(coverage(file, program, placement), original, True)
     quantization = io_quantization(file)
 
     def specs(kind: str, numbers: Sequence[int]) -> tuple[TensorSpec, ...]:

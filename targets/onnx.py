@@ -30,8 +30,9 @@ from edgekit.artifact import Artifact, Mismatch, TapFile
 from edgekit.errors import FormatError, InputError, ParityError, UnsupportedError, missing_extra
 from edgekit.files import write_whole
 from edgekit.frozen import FrozenProgram
-from edgekit.targets import onnx_facts, preflight
-from edgekit.targets.binary_int8 import int8_form, packed, renamed, rows
+from edgekit.targets import onnx_facts, preflight, spiking
+from edgekit.targets.binary_int8 import packed
+from edgekit.targets.host_form import host_form, renamed, rows
 from edgekit.targets.onnx_rules import RULES, Expansion
 
 __all__ = [
@@ -78,7 +79,7 @@ def lower(program: FrozenProgram, path: Path, options: Options | None = None) ->
     """
     _require()
     preflight.check_program(program, "onnx")
-    write_whole(Path(path), _model(int8_form(program), options or Options()).SerializeToString(deterministic=True))
+    write_whole(Path(path), _model(host_form(program), options or Options()).SerializeToString(deterministic=True))
     mismatches = readback(path, program)
     if mismatches:
         raise ParityError(f"{path}: {mismatches[0]} ({len(mismatches)} differences in all)")
@@ -92,7 +93,7 @@ def inspect(path: Path, program: FrozenProgram) -> Artifact:
         FormatError: the file is missing, truncated or not an ONNX model.
     """
     model = onnx_facts.read(path)
-    found = onnx_facts.artifact(path, model, _optimized(model, path), int8_form(program))
+    found = onnx_facts.artifact(path, model, _optimized(model, path), host_form(program))
     return replace(found, coverage=rows(program, found.coverage))
 
 
@@ -102,7 +103,7 @@ def readback(path: Path, program: FrozenProgram) -> list[Mismatch]:
     Raises:
         FormatError: the file is missing, truncated or not an ONNX model.
     """
-    return renamed(program, onnx_facts.mismatches(onnx_facts.read(path), int8_form(program)))
+    return renamed(program, onnx_facts.mismatches(onnx_facts.read(path), host_form(program)))
 
 
 def run(
@@ -151,13 +152,16 @@ def tap_file(path: Path, program: FrozenProgram) -> TapFile:
 
     model = onnx_facts.read(path)
     produced = {name for node in model.graph.node for name in node.output}
-    names = [n.name for n in int8_form(program).layers if n.out_scale is not None and n.name in produced]
+    names = [n.name for n in host_form(program).layers if n.out_scale is not None and n.name in produced]
+    spikes = {node: name for name, node in spiking.written_out(program).neurons.items() if node in produced}
     del model.graph.output[:]
-    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None) for name in names)
+    kinds = {**dict.fromkeys(names, onnx.TensorProto.UINT8), **dict.fromkeys(spikes, onnx.TensorProto.FLOAT)}
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items())
 
     def layers(values: Sequence[NDArray[Any]]) -> dict[str, NDArray[np.int8]]:
-        signed = {name: (value.astype(np.int16) - 128).astype(np.int8) for name, value in zip(names, values, strict=True)}
-        return packed(program, signed)
+        found = dict(zip(kinds, values, strict=True))
+        signed = {name: (found[name].astype(np.int16) - 128).astype(np.int8) for name in names}
+        return packed(program, signed) | {name: found[node] for node, name in spikes.items()}
 
     return TapFile(model.SerializeToString(), (), layers)
 

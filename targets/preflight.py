@@ -21,6 +21,7 @@ from edgekit.errors import UnsupportedError
 from edgekit.frozen import FrozenProgram, Layer
 from edgekit.targets.accepted import ACCEPTED, REMEDIES
 from edgekit.targets.binary_int8 import int8_form
+from edgekit.targets.spiking import check, is_spiking, plain
 
 __all__ = ["Problem", "check_model", "check_program"]
 
@@ -86,6 +87,9 @@ def check_program(program: FrozenProgram, target: str) -> None:
 
         to_nir(program)
         return
+    if is_spiking(program):
+        check(program, target)
+        program = plain(program)
     if target in ("tflite", "onnx"):
         program = int8_form(program)
     problems = [p for layer in program.layers for p in _layer(layer, target, program.sources.get(layer.name, ""))]
@@ -114,6 +118,17 @@ def _inputs(exported: ExportedProgram) -> Iterator[Problem]:
 
 
 def _state(exported: ExportedProgram) -> Iterator[Problem]:
+    held = {
+        s.arg.name: s.target for s in exported.graph_signature.input_specs if s.kind in (InputKind.BUFFER, InputKind.PARAMETER)
+    }
+    for node in exported.graph.nodes:  # a graph that is not functional yet writes by an operator in place
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable and node.args and getattr(node.args[0], "name", "") in held:
+            yield Problem(
+                "", "", source_line(node.meta.get("stack_trace") or ""),
+                f"it writes to its buffer {held[node.args[0].name]} at each call",
+                "make the state an input and an output, and call it in eval mode",
+            )  # fmt: skip
     for spec in exported.graph_signature.output_specs:
         if spec.kind == OutputKind.BUFFER_MUTATION:
             yield Problem(

@@ -16,11 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgekit.frozen import FrozenProgram
+from edgekit.frozen import FrozenProgram, Layer
 from edgekit.targets.pte_file import FileOp, PteFile, read_pte
 from edgekit.targets.pte_layers import Placement
+from edgekit.targets.spiking import written_out
 
-__all__ = ["Tap", "choose", "edit_blob", "graph_of", "tapped"]
+__all__ = ["Tap", "choose", "edit_blob", "graph_of", "spike_taps", "tapped"]
 
 _CHANNEL_LAST = {"XNNConv2d", "XNNDepthwiseConv2d", "XNNMaxPooling2d", "XNNAvgPooling2d", "XNNGlobalAvgPooling2d"}
 _OUTPUT_FLAG = 2
@@ -37,11 +38,10 @@ class Tap:
     shape: tuple[int, ...]
 
 
-def tapped(file: PteFile, program: FrozenProgram, placement: Placement) -> tuple[bytes, tuple[Tap, ...]]:
-    """(bytes of the copy, what its outputs after the file's own are)."""
+def tapped(file: PteFile, taps: Sequence[Tap]) -> bytes:
+    """The bytes of the copy, whose outputs after the file's own are the taps."""
     from executorch.exir._serialize._program import deserialize_pte_binary, serialize_pte_binary
 
-    taps = choose(file, placement)
     pte = deserialize_pte_binary(file.path.read_bytes())
     plan = pte.program.execution_plan[0]
     calls = [i.instr_args for c in plan.chains for i in c.instructions if hasattr(i.instr_args, "delegate_index")]
@@ -54,12 +54,12 @@ def tapped(file: PteFile, program: FrozenProgram, placement: Placement) -> tuple
                 bytes(blob.data), partial(_mark, numbers=[n & 0xFFFFFFFF for n in inside], first=len(call.args))
             )
         for n in inside:
-            extra[n] = _add_value(plan, file.tensors[n].shape)
+            extra[n] = _add_value(plan, file.tensors[n].shape, file.tensors[n].dtype)
             call.args.append(extra[n])
     for number in {t.tensor for t in taps} - set(extra):
         _move(plan, number)  # planning lets a later tensor take its place
     plan.outputs += [extra.get(t.tensor, t.tensor) for t in taps]
-    return _exact_scales(file, bytes(serialize_pte_binary(pte, extract_delegate_segments=True))), taps
+    return _exact_scales(file, bytes(serialize_pte_binary(pte, extract_delegate_segments=True)))
 
 
 def _exact_scales(file: PteFile, copy: bytes) -> bytes:
@@ -80,16 +80,37 @@ def _exact_scales(file: PteFile, copy: bytes) -> bytes:
 
 def choose(file: PteFile, placement: Placement) -> tuple[Tap, ...]:
     """For each layer the first int8 tensor that an operator writes, preferably inside a delegate."""
+    return _taps(file, [(placed.layer, placed.values) for placed in placement.values()])
+
+
+def spike_taps(file: PteFile, program: FrozenProgram) -> tuple[Tap, ...]:
+    """The layers of neurons: what joins the spikes of all steps, the concatenations of that shape counted off in both."""
+    written = written_out(program, floors=True)
+    joined: dict[tuple[int, ...], list[int]] = {}
+    for op in file.ops:
+        if op.kind == "aten::cat" or op.kind.startswith("XNNConcatenate"):
+            joined.setdefault(tuple(sorted(file.tensors[op.outputs[0]].shape)), []).append(op.outputs[0])
+    wanted: dict[tuple[int, ...], list[str]] = {}
+    for node in written.program.module.graph.nodes:
+        if str(node.target) == "aten.cat.default":
+            wanted.setdefault(tuple(sorted(node.meta["val"].shape)), []).append(node.name)
+    names = {node: name for name, node in written.neurons.items()}
+    found = []
+    for shape, nodes in wanted.items():
+        numbers = joined.get(shape, [])
+        if len(numbers) == len(nodes):
+            found += [(program.layer(names[n]), (i,)) for n, i in zip(nodes, numbers, strict=True) if n in names]
+    return _taps(file, found)
+
+
+def _taps(file: PteFile, layers: Sequence[tuple[Layer, Sequence[int]]]) -> tuple[Tap, ...]:
     last = _channel_last(file)
     external = {n for op in file.ops if op.kind == "Link" for n in (*op.inputs, *op.outputs)}
     written = {n for op in file.ops if op.kind not in ("Link", "aten::view") for n in op.outputs}
     taps = []
-    for placed in placement.values():
-        layer = placed.layer
-        usable = [n for n in placed.values if n in written and (n < 1 << 32 or n not in external)]
-        usable += [
-            op.outputs[0] for op in file.ops if op.kind == "Link" and op.inputs[0] in placed.values and op.outputs[0] < 1 << 32
-        ]
+    for layer, values in layers:
+        usable = [n for n in values if n in written and (n < 1 << 32 or n not in external)]
+        usable += [op.outputs[0] for op in file.ops if op.kind == "Link" and op.inputs[0] in values and op.outputs[0] < 1 << 32]
         if usable:
             number = usable[0]
             rank = len(file.tensors[number].shape)
@@ -174,14 +195,15 @@ def _mark(tree: dict[str, Any], numbers: Sequence[int], first: int) -> None:
     tree["num_externs"] += len(numbers)
 
 
-def _add_value(plan: Any, shape: tuple[int, ...]) -> int:
-    """A new int8 value behind everything the plan keeps in memory."""
+def _add_value(plan: Any, shape: tuple[int, ...], dtype: str) -> int:
+    """A new int8 or float32 value behind everything the plan keeps in memory."""
     from executorch.exir.schema import EValue, ScalarType, Tensor, TensorShapeDynamism
 
+    scalar = ScalarType.FLOAT if dtype == "float32" else ScalarType.CHAR
     plan.values.append(
         EValue(
             Tensor(
-                scalar_type=ScalarType.CHAR, storage_offset=0, sizes=list(shape), dim_order=list(range(len(shape))),
+                scalar_type=scalar, storage_offset=0, sizes=list(shape), dim_order=list(range(len(shape))),
                 requires_grad=False, layout=0, data_buffer_idx=0, allocation_info=None, shape_dynamism=TensorShapeDynamism.STATIC,
             )
         )
@@ -192,10 +214,10 @@ def _add_value(plan: Any, shape: tuple[int, ...]) -> int:
 
 def _move(plan: Any, number: int) -> None:
     """Give a value a place of its own at the end of the planned memory."""
-    from executorch.exir.schema import AllocationDetails
+    from executorch.exir.schema import AllocationDetails, ScalarType
 
     value = plan.values[number].val
-    start, size = plan.non_const_buffer_sizes[1], 1
+    start, size = plan.non_const_buffer_sizes[1], 4 if value.scalar_type == ScalarType.FLOAT else 1
     for d in value.sizes:
         size *= d
     value.allocation_info = AllocationDetails(memory_id=1, memory_offset_low=start & 0xFFFFFFFF, memory_offset_high=start >> 32)

@@ -30,9 +30,10 @@ from edgekit.artifact import Artifact, Mismatch, TapFile
 from edgekit.errors import FormatError, InputError, ParityError, UnsupportedError, missing_extra
 from edgekit.files import write_whole
 from edgekit.frozen import FrozenProgram, Layer
-from edgekit.targets import preflight
+from edgekit.targets import preflight, spiking
 from edgekit.targets import tflite_facts as facts
-from edgekit.targets.binary_int8 import int8_form, packed, renamed, rows
+from edgekit.targets.binary_int8 import packed
+from edgekit.targets.host_form import host_form, renamed, rows
 from edgekit.targets.tflite_convert import convert, quiet
 from edgekit.targets.tflite_file import AGAIN, Tensor, TfliteFile, parse, read, serialize
 from edgekit.targets.tflite_finish import finish
@@ -85,7 +86,7 @@ def lower(program: FrozenProgram, path: Path, options: Options | None = None) ->
     options = options or Options()
     _refuse(program)
     preflight.check_program(program, "tflite")
-    original, program = program, int8_form(program)
+    original, program = program, host_form(program)
     wide = is_wide(program)
     made = twin(program) if wide else program
     content = convert(made, options.channel_last)
@@ -148,7 +149,7 @@ def readback(path: Path, program: FrozenProgram) -> list[Mismatch]:
     """Weights, weight scales, biases, activation scales and zero points of the file that are not the program's."""
     file = read(path)
     with _damage(path):
-        return renamed(program, facts.compare(file, int8_form(program)))
+        return renamed(program, facts.compare(file, host_form(program)))
 
 
 @contextlib.contextmanager
@@ -161,7 +162,7 @@ def _damage(path: Path) -> Iterator[None]:
 
 
 def _artifact(path: Path, file: TfliteFile, program: FrozenProgram) -> Artifact:
-    form = int8_form(program)
+    form = host_form(program)
     return Artifact(
         path=path,
         target="tflite",
@@ -310,7 +311,10 @@ def tap_file(path: Path, program: FrozenProgram, copied: bool = False) -> TapFil
     """
     file = read(path)
     channel_last = facts.layouts(file)
-    kept = [(x, t.index) for x in int8_form(program).layers if (t := file.by_name.get(x.name)) is not None and t.dtype in _RANGES]
+    kept = [(x, t.index) for x in host_form(program).layers if (t := file.by_name.get(x.name)) is not None and t.dtype in _RANGES]
+    neurons = spiking.written_out(program).neurons
+    names = [(program.layer(name), f"~{node}") for name, node in neurons.items()]
+    kept += [(x, t.index) for x, name in names if (t := file.by_name.get(name)) is not None]
 
     def layers(results: Sequence[NDArray[Any]]) -> dict[str, NDArray[np.int8]]:
         pairs = zip(kept, results[len(file.outputs) :], strict=True)

@@ -1,0 +1,137 @@
+"""Spiking programs as ONNX, TFLite and ExecuTorch files: the same spikes in every layer, faults found by name, refusals."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from spiking_nets import conv_program, dense_program
+from torch import Tensor, nn
+
+from edgekit.compress.spiking.integer import integer_program
+from edgekit.errors import UnsupportedError
+from edgekit.frozen import FrozenProgram, freeze_module
+from edgekit.parity import ArtifactParity
+from edgekit.stages import Evaluation
+from edgekit.targets import get, preflight
+from edgekit.targets.spiking import written_out
+from edgekit.verify import verify_artifact
+
+PROGRAMS: dict[str, Any] = {
+    "conv if": lambda: conv_program("if", v_init=0.5),
+    "conv lif": lambda: conv_program("lif", v_threshold=0.15, tie="gt"),
+    "dense lif": lambda: dense_program("lif", reset="zero", v_threshold=0.7),
+    "dense lif to a value": lambda: dense_program("lif", reset="value", v_reset=-0.25, v_leak=0.1),
+    "dense cuba": lambda: dense_program("cuba_lif", v_threshold=0.7),
+    "dense multi-spike": lambda: dense_program("if", max_spikes=3, v_threshold=0.7),
+}
+
+
+def verified(program: FrozenProgram, target: str, path: Path, x: Tensor) -> ArtifactParity:
+    return verify_artifact(program, target, path, Evaluation(inputs=(x,), labels=None, metric="accuracy", where="here"))
+
+
+class Look(torch.fx.Interpreter):
+    """Keeps the value of every node by its name."""
+
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        super().__init__(module)
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        self.values[n.name] = super().run_node(n)
+        return self.values[n.name]
+
+
+@pytest.mark.parametrize("floors", [False, True])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_written_out_in_plain_operators_a_program_is_the_same(name: str, floors: bool) -> None:
+    program, x = PROGRAMS[name]()
+    written = written_out(program, floors)
+    assert not written.program.layers and list(written.neurons) == ["spike1", "spike2"]
+    assert written.program.macs == program.macs
+    for i in range(len(x)):
+        wanted = program.trace(x[i : i + 1])
+        seen = Look(written.program.module)
+        seen.run(x[i : i + 1])
+        for layer, node in written.neurons.items():
+            assert torch.equal(seen.values[node], wanted[layer])
+    assert torch.equal(written.program.run(x)[0], program.run(x)[0])
+
+
+def test_a_floor_of_the_quotient_is_the_comparison_for_every_neighbour() -> None:
+    rng = np.random.default_rng(0)
+    threshold = np.abs(rng.standard_normal(300_000)).astype(np.float32) * np.float32(10.0) ** rng.integers(-20, 20, 300_000)
+    threshold = threshold[threshold > 0].astype(np.float32)
+    below, above = (np.nextafter(threshold, np.float32(end)) for end in (0.0, np.inf))
+    for v in (threshold, below, above, -threshold):
+        assert np.array_equal(np.clip(np.floor(v / threshold), 0, 1), (v >= threshold).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        ("onnx", "conv if"),
+        pytest.param("tflite", "dense lif", marks=pytest.mark.slow),
+        pytest.param("onnx", "dense cuba", marks=pytest.mark.slow),
+        pytest.param("executorch", "dense lif", marks=pytest.mark.slow),
+    ],
+)
+def test_a_file_spikes_as_the_program_in_every_layer(target: str, name: str, tmp_path: Path) -> None:
+    module = get(target)
+    if module.available():
+        pytest.skip(module.available())
+    program, x = PROGRAMS[name]()
+    path = tmp_path / f"model{module.SUFFIX}"
+    artifact = module.lower(program, path, module.Options())
+    found = verified(program, target, path, x)
+    assert found.ok and not found.mismatches
+    assert [(layer.layer, layer.differing, layer.rounded) for layer in found.layers] == [("spike1", 0, 0), ("spike2", 0, 0)]
+    rows = {row.layer: row for row in artifact.coverage}
+    assert rows["spike1"].note == "8 steps written out" and rows["spike1"].runs == "float"
+    assert sum(row.macs for row in artifact.coverage) == program.macs
+
+    weight = next(x for x in program.float_layers if x.name == ("conv2" if "conv" in name else "fc2"))
+    number = float(next(t for k, t in weight.constants.items() if k.endswith("weight")).reshape(-1)[3])
+    data, pattern = path.read_bytes(), struct.pack("<f", number)
+    assert data.count(pattern) == 1
+    path.write_bytes(data.replace(pattern, struct.pack("<f", -number)))
+    assert any(m.layer == weight.name for m in module.readback(path, program))
+    assert verified(program, target, path, x).first_diverging == weight.name
+
+
+def test_what_files_cannot_hold_is_refused_by_layer() -> None:
+    program, x = dense_program()
+    integers, _ = integer_program(program, (x,))
+    negative, _ = dense_program("if", v_threshold=-1.0)
+    for target in ("tflite", "executorch", "onnx"):
+        with pytest.raises(UnsupportedError, match="layer fc1: spiking_linear is of the integer form, which is for firmware"):
+            preflight.check_program(integers, target)
+        with pytest.raises(UnsupportedError, match="layer spike1: a threshold is not positive"):
+            preflight.check_program(negative, target)
+
+
+def test_state_in_a_buffer_is_refused_before_a_converter_sees_it() -> None:
+    """LiteRT would keep the buffer's first value for ever and say nothing."""
+
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 2)
+            self.v: Tensor
+            self.register_buffer("v", torch.zeros(1, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            v = self.v * 0.9 + self.fc(x)
+            s = (v >= 1).to(torch.float32)
+            self.v.copy_(v - s)
+            return s
+
+    program = freeze_module(Kept(), (torch.rand(1, 3),))
+    for target in ("tflite", "executorch", "onnx"):
+        with pytest.raises(UnsupportedError, match="writes to its buffer v at each call; make the state an input and an output"):
+            preflight.check_program(program, target)

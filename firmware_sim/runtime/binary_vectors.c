@@ -45,7 +45,10 @@ EK_NOINLINE void ek_binary_vectors(const ek_binary *p, const void *x, void *y, v
         uint32_t ones = 0;
         for (uint32_t w = 0; w < in_words; w++) ones += ek_ones(in[w]);
         j.want = 2 * ones <= k;
-        uint32_t *end = ek_fill_list(list, ek_list(in, k, j.want, (uint32_t)p->weights, 4 * words, list), zeros);
+        uint32_t *end = list;
+        for (uint32_t w = 0; w < in_words; w++)
+            end = ek_list((j.want ? in[w] : ~in[w]) & ek_low(k - 32 * w), (uint32_t)p->weights + 128 * w * words, 4 * words, end);
+        end = ek_fill_list(list, end, zeros);
         for (uint32_t word = 0; word < words; word += EK_LANES) {
             uint32_t planes[EK_MOST_PLANES * EK_LANES], c = j.want ? k - ones : ones;
             for (uint32_t q = 0; q < j.planes; q++, c >>= 1)

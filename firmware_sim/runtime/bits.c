@@ -15,26 +15,6 @@ void ek_inside_at(const ek_binary *p, uint32_t oy, uint32_t ox, ek_inside *at) {
     inside_axis(at->x, p->dilation_w, p->kernel_w, p->in_w, &at->j0, &at->j1);
 }
 
-uint32_t *ek_list(const uint32_t *x, uint32_t n, int want, uint32_t base, uint32_t step, uint32_t *to) {
-    for (;; n -= 32, base += 32 * step) {
-        uint32_t v = want ? *x : ~*x;
-        x++;
-        if (n < 32) v &= (1u << n) - 1u;
-#if defined(__ARM_ARCH_6M__)
-        for (uint32_t at = base; v; v >>= 1, at += step)
-            if (v & 1u) *to++ = at;
-#else
-        const uint32_t top = base + 31 * step;
-        while (v) {
-            const uint32_t z = (uint32_t)__builtin_clz(v);
-            v &= ~(0x80000000u >> z);
-            *to++ = top - z * step;
-        }
-#endif
-        if (n <= 32) return to;
-    }
-}
-
 /* Words eight by eight: planes 1, 2 and 4 stay in registers, every eight words give a carry of weight 8. */
 #if EK_SET == EK_MVE
 #define ADDER(plane, a, b, h)                                                                                                       \
@@ -148,25 +128,47 @@ void ek_count(uint32_t *list, const uint32_t *end, uint32_t at, uint32_t *planes
 }
 #endif
 
-void ek_transpose(uint32_t *w) {
-    uint32_t mask = 0xffffu;
-    for (uint32_t d = 16; d; d >>= 1, mask ^= mask << d)
-        for (uint32_t i = 0; i < 32; i = (i + d + 1) & ~d) {
-            const uint32_t t = ((w[i] >> d) ^ w[i + d]) & mask;
-            w[i + d] ^= t;
-            w[i] ^= t << d;
-        }
+#define SWAP(x, y, d, mask)                              \
+    do {                                                 \
+        const uint32_t t_ = (((x) >> (d)) ^ (y)) & (mask); \
+        (y) ^= t_;                                       \
+        (x) ^= t_ << (d);                                \
+    } while (0)
+
+/* 8 x 8 bits in each byte of eight words. */
+EK_INLINE void transpose_bytes(uint32_t *w) {
+    uint32_t a = w[0], b = w[1], c = w[2], d = w[3], e = w[4], f = w[5], g = w[6], h = w[7];
+    SWAP(a, e, 4, 0x0f0f0f0fu);
+    SWAP(b, f, 4, 0x0f0f0f0fu);
+    SWAP(c, g, 4, 0x0f0f0f0fu);
+    SWAP(d, h, 4, 0x0f0f0f0fu);
+    SWAP(a, c, 2, 0x33333333u);
+    SWAP(b, d, 2, 0x33333333u);
+    SWAP(e, g, 2, 0x33333333u);
+    SWAP(f, h, 2, 0x33333333u);
+    SWAP(a, b, 1, 0x55555555u);
+    SWAP(c, d, 1, 0x55555555u);
+    SWAP(e, f, 1, 0x55555555u);
+    SWAP(g, h, 1, 0x55555555u);
+    w[0] = a, w[1] = b, w[2] = c, w[3] = d, w[4] = e, w[5] = f, w[6] = g, w[7] = h;
 }
 
-/* 8 x 8 bits in each byte of eight words: byte b of word i then holds the number of lane 8 * b + i. */
+void ek_transpose(uint32_t *w) {
+    for (uint32_t *p = w, *end = w + 8; p < end; p++) {
+        uint32_t a = p[0], b = p[8], c = p[16], d = p[24];
+        SWAP(a, c, 16, 0xffffu);
+        SWAP(b, d, 16, 0xffffu);
+        SWAP(a, b, 8, 0xff00ffu);
+        SWAP(c, d, 8, 0xff00ffu);
+        p[0] = a, p[8] = b, p[16] = c, p[24] = d;
+    }
+    for (uint32_t *p = w, *end = w + 32; p < end; p += 8) transpose_bytes(p);
+}
+
+/* Byte b of word i: the lowest eight bits of the number of lane 8 * b + i. */
 static void bytes_of(const uint32_t *planes, uint32_t n, uint32_t *w) {
     for (uint32_t i = 0; i < 8; i++) w[i] = i < n ? planes[i * EK_LANES] : 0;
-    for (uint32_t d = 4, mask = 0x0f0f0f0fu; d; d >>= 1, mask ^= mask << d)
-        for (uint32_t i = 0; i < 8; i = (i + d + 1) & ~d) {
-            const uint32_t t = ((w[i] >> d) ^ w[i + d]) & mask;
-            w[i + d] ^= t;
-            w[i] ^= t << d;
-        }
+    transpose_bytes(w);
 }
 
 void ek_numbers(const uint32_t *planes, uint32_t n, uint16_t *numbers) {

@@ -33,8 +33,23 @@ typedef struct {
 } ek_inside;
 void ek_inside_at(const ek_binary *p, uint32_t oy, uint32_t ox, ek_inside *at);
 
-/* Appends base + i * step for each of the first n bits i of x that are `want`; returns the place behind. */
-uint32_t *ek_list(const uint32_t *x, uint32_t n, int want, uint32_t base, uint32_t step, uint32_t *to);
+/* Appends base + i * step for each bit i of v that is set; returns the place behind. */
+EK_INLINE uint32_t *ek_list(uint32_t v, uint32_t base, uint32_t step, uint32_t *to) {
+#if defined(__ARM_ARCH_6M__)
+    for (; v; v >>= 1, base += step)
+        if (v & 1u) *to++ = base;
+#else
+    const uint32_t top = base + 31 * step;
+    while (v) {
+        const uint32_t z = (uint32_t)__builtin_clz(v);
+        v &= ~(0x80000000u >> z);
+        *to++ = top - z * step;
+    }
+#endif
+    return to;
+}
+/* The lowest n bits, all of them from 32 on. */
+EK_INLINE uint32_t ek_low(uint32_t n) { return n < 32 ? (1u << n) - 1u : ~0u; }
 /* Fills a list up to a multiple of eight with the address of zeros. */
 EK_INLINE uint32_t *ek_fill_list(const uint32_t *list, uint32_t *to, const uint32_t *zeros) {
     while ((uint32_t)(to - list) & 7u) *to++ = (uint32_t)zeros;

@@ -95,7 +95,7 @@ void ek_linear_s8(const ek_linear *p, const int8_t *x, int8_t *y, void *scratch)
  *   thresholds: 2 * planes rows of ceil(out_c / 32) words, each row a bit of a number an output: first k + (t + s) / 2, then k + 1 + (s - t) / 2;
  *               t: the threshold clipped to [-k, k + 1], raised to s's parity (no output: 2k + 1, 0)
  *   base:       2 * out_c: bias - s - 2k, then bias + s + 2k.
- * planes = max(8, bits of 2k + 2), at most 16, k = kernel_h * kernel_w * in_c / groups. */
+ * planes = max(8, bits of 2k + 2), even, at most 16, k = kernel_h * kernel_w * in_c / groups. */
 typedef struct {
     const void *weights;
     const void *thresholds;    /* NULL: int8 out */

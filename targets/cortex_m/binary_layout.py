@@ -70,7 +70,8 @@ def from_rows(stored: Words, taps: int, channels: int) -> Bits:
 
 def n_planes(k: int) -> int:
     """Bit planes that a count over k inputs takes in the kernels."""
-    return max(8, (2 * k + 2).bit_length())
+    bits = (2 * k + 2).bit_length()
+    return max(8, bits + bits % 2)
 
 
 def threshold_planes(threshold: NDArray[np.int64], sums: NDArray[np.int64], k: int) -> Words:

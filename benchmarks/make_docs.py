@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import binary_docs
 import firmware_docs
 import lowrank_docs
 
@@ -352,6 +353,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "memory": memory,
     "devices_arm64": devices_arm64,
     "firmware": lambda rows: firmware_docs.firmware(rows, TITLES),
+    "binary_firmware": binary_docs.firmware,
     "devices": devices,
     "lowrank": lowrank_docs.lowrank,
     "lowrank_latency": lowrank_docs.latencies,

@@ -115,7 +115,7 @@ def binary_planes_scratch(
     lanes, taps = 4 if kernel_set == "mve" else 1, kernel[0] * kernel[1]
     band, k = binary_band(kernel_set, taps, in_c, out[0] * out[1]), taps * in_c // groups
     kinds = [min(n, (size + 1) * (size + 2) // 2) for n, size in zip(out, kernel, strict=True)]
-    words = taps * in_c * band + band + planes * band + 32 * band + (k // 8 + 8) * lanes + k + 24 
+    words = taps * in_c * band + band + planes * band + 32 * band + (k // 8 + 8) * lanes + k + 24
     most = min(32 * band, kinds[0] * kinds[1])
     words += 2 * (kernel[0] + 1) * (kernel[1] + 1)
     return 4 * (words + 2 * 32 * band + 6 * most + 2 * (band + most))

@@ -55,18 +55,20 @@ static uint32_t kind_of(job *j, const ek_inside *at) {
 /* The kind of each position of the band; how many there are of each. */
 static void find_kinds(job *j, uint16_t *found) {
     const ek_binary *p = j->p;
-    uint32_t oy = j->first / p->out_w, ox = j->first - oy * p->out_w, last = 0, known = 0;
-    ek_inside at;
-    for (uint32_t i = 0; i < j->n; i++) {
-        const int32_t x = (int32_t)(ox * p->stride_w) - p->pad_left;
-        const int whole = x >= 0 && x + (p->kernel_w - 1) * p->dilation_w < p->in_w;
-        if (!known || !whole) {
-            ek_inside_at(p, oy, ox, &at);
-            last = kind_of(j, &at), known = whole;
-        }
-        *found++ = (uint16_t)last;
-        j->kinds[last].value[0]++;
-        if (++ox == p->out_w) ox = 0, oy++, known = 0;
+    const int32_t reach = (p->kernel_w - 1) * p->dilation_w;
+    uint32_t oy = j->first / p->out_w, ox = j->first - oy * p->out_w;
+    for (uint32_t left = j->n; left;) {
+        ek_inside at;
+        ek_inside_at(p, oy, ox, &at);
+        const uint32_t kind = kind_of(j, &at);
+        uint32_t run = 1; /* windows with all their columns inside are alike */
+        if (at.x >= 0 && at.x + reach < p->in_w) run = (uint32_t)(p->in_w - 1 - reach - at.x) / p->stride_w + 1;
+        if (run > p->out_w - ox) run = p->out_w - ox;
+        if (run > left) run = left;
+        j->kinds[kind].value[0] += (int32_t)run;
+        left -= run, ox += run;
+        for (; run; run--) *found++ = (uint16_t)kind;
+        if (ox == p->out_w) ox = 0, oy++;
     }
 }
 

@@ -25,7 +25,8 @@ LONGEST = 1 << 14
 """Inputs of an output that the counting kernels take, less one: their counts have 16 bit planes."""
 
 FEW = 8
-"""Below so many outputs (or positions) most of the 32 lanes of a word are idle, and one output after the other is quicker."""
+"""With fewer outputs (or three times fewer positions) so many of the 32 lanes of a word are idle that one output after the other is
+quicker."""
 
 
 def kind_of(values: dict[str, Any]) -> str:
@@ -37,7 +38,7 @@ def kind_of(values: dict[str, Any]) -> str:
     plain = kernel == (1, 1) and values["groups"] == 1 and values["in"][:2] == values["out"][:2] and values["pad"] == (0, 0)
     if plain and outputs >= FEW and out_h * out_w < 4 * FEW:
         return "binary_vectors"
-    return "binary_planes" if out_h * out_w >= FEW else "binary_rows"
+    return "binary_planes" if out_h * out_w >= 3 * FEW else "binary_rows"
 
 
 def _k(step: Step) -> int:

@@ -2,8 +2,8 @@
 
     python benchmarks/binary_firmware.py [board ...]
 
-Every output is compared with numpy first; the counts repeat exactly. Rows of ``results/binary_firmware.json``: layer, board, core,
-kernel ("vectors", "planes", "rows"), kernel_set, output ("packed", "int8"), instructions, int8 (instructions), times.
+Every output is compared with numpy first; counts repeat exactly. Rows of ``results/binary_firmware.json``: layer, board,
+core, kernel ("vectors", "planes", "rows"), kernel_set, output ("packed", "int8"), instructions, int8 (instructions), times.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ LONGEST = 1 << 14
 """Inputs of an output that the counting kernels take, less one: their counts have 16 bit planes."""
 
 FEW = 8
-"""With fewer outputs (or three times fewer positions) so many of the 32 lanes of a word are idle that one output after the other is
-quicker."""
+"""With fewer outputs (or less than three times as many positions) so many of the 32 lanes of a word are idle that it is quicker
+to take one output after the other."""
 
 
 def kind_of(values: dict[str, Any]) -> str:

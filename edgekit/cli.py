@@ -125,6 +125,22 @@ def import_nir(
 
 
 @app.command()
+def step(
+    run: Run,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder.")],
+    target: Names = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Make a run of one time step of a spiking program: the state goes in and comes out with each call."""
+    from edgekit.frozen import load
+    from edgekit.frozen.one_step import stepping
+    from edgekit.in_memory import export_program
+
+    _finish(json, export_program, stepping(load(run)), out, list(target or []))
+
+
+@app.command()
 def verify(
     run: Run,
     target: Names = None,

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from edgekit.frozen import FrozenProgram
 from edgekit.frozen.binary_ops import PACKED_OPS
-from edgekit.frozen.spiking_ops import NEURON_OPS, REAL_OPS
+from edgekit.frozen.spiking_ops import REAL_OPS
 from edgekit.metrics import HUGE, difference, sqnr_db
 from edgekit.parity import LayerParity
 from edgekit.recipe import Verify
-from edgekit.spike_parity import FLOAT_STEP, explained
+from edgekit.spike_parity import FLOAT_STEP, SPIKES, explained
 from edgekit.stage_table import Arrays, output_lsb, whole_steps
 from edgekit.stages import Evaluation
 
@@ -132,7 +132,7 @@ def _rounded(
     """For each tapped layer of spikes how many that differ rounding explains."""
     counts = {}
     for layer in program.layers:
-        if layer.op not in NEURON_OPS or layer.name not in taps:
+        if layer.op not in SPIKES or layer.name not in taps:
             continue
         expected, found = forced[layer.name], taps[layer.name].reshape(forced[layer.name].shape).to(forced[layer.name].dtype)
         counts[layer.name] = 0

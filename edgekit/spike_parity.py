@@ -17,11 +17,15 @@ from torch import Tensor
 
 from edgekit.frozen import Layer
 from edgekit.frozen.ops import OPS
+from edgekit.frozen.spiking_ops import NEURON_OPS
 
-__all__ = ["FLOAT_STEP", "ROUNDING", "explained", "membranes"]
+__all__ = ["FLOAT_STEP", "ROUNDING", "SPIKES", "explained", "membranes"]
 
 ROUNDING = 3e-5
 """Relative distance from the threshold within which float32 sums in another order may land on the other side."""
+
+SPIKES = NEURON_OPS | {"fire"}
+"""Operators whose outputs are spikes."""
 
 FLOAT_STEP = 1e-4
 """Step in which outputs of float membranes are compared, relative to the largest of the layer."""
@@ -55,7 +59,7 @@ def explained(layer: Layer, arguments: Mapping[str, Any], expected: Tensor, foun
     """
     if layer.op == "qlif_sequence":
         return torch.zeros(expected.shape, dtype=torch.bool)
-    v = membranes(layer.op, arguments, expected)
+    v = arguments["x"][None] if layer.op == "fire" else membranes(layer.op, arguments, expected)
     threshold = arguments["v_threshold"].to(v.dtype)
     level = torch.round(v / threshold).clamp(1, int(arguments["max_spikes"])) * threshold
     largest = arguments["x"].reshape(v.shape).abs().amax(0) + threshold.abs()

@@ -143,7 +143,8 @@ def taps(path: Path, program: FrozenProgram, sample: Sequence[NDArray[Any]]) -> 
     """
     tapping = tap_file(path, program)
     assert tapping.data is not None
-    return tapping.layers(_call(_session(tapping.data, path, 1), path, sample))
+    runner = _session(tapping.data, path, 1)
+    return tapping.layers(_call(runner, path, sample) if runner.get_outputs() else [])
 
 
 def tap_file(path: Path, program: FrozenProgram) -> TapFile:
@@ -153,7 +154,7 @@ def tap_file(path: Path, program: FrozenProgram) -> TapFile:
     model = onnx_facts.read(path)
     produced = {name for node in model.graph.node for name in node.output}
     names = [n.name for n in host_form(program).layers if n.out_scale is not None and n.name in produced]
-    spikes = {node: name for name, node in spiking.written_out(program).neurons.items() if node in produced}
+    spikes = _spikes(model, program)
     del model.graph.output[:]
     kinds = {**dict.fromkeys(names, onnx.TensorProto.UINT8), **dict.fromkeys(spikes, onnx.TensorProto.FLOAT)}
     model.graph.output.extend(onnx.helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items())
@@ -164,6 +165,19 @@ def tap_file(path: Path, program: FrozenProgram) -> TapFile:
         return packed(program, signed) | {name: found[node] for node, name in spikes.items()}
 
     return TapFile(model.SerializeToString(), (), layers)
+
+
+def _spikes(model: Any, program: FrozenProgram) -> dict[str, str]:
+    """Tensors of the file that are spikes, to their layers: what joins or casts them, counted off in the file and the program."""
+    written = spiking.written_out(program)
+    layers = {node: name for name, node in written.neurons.items()}
+    found: dict[str, str] = {}
+    for target, op in (("aten.cat.default", "Concat"), ("aten._to_copy.default", "Cast")):
+        nodes = [n.name for n in written.program.module.graph.nodes if str(n.target) == target]
+        outputs = [n.output[0] for n in model.graph.node if n.op_type == op]
+        if len(nodes) == len(outputs):
+            found |= {o: layers[n] for n, o in zip(nodes, outputs, strict=True) if n in layers}
+    return found
 
 
 def encode(path: Path, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:

@@ -12,7 +12,7 @@ from edgekit.artifact import Coverage, Mismatch
 from edgekit.errors import UnsupportedError
 from edgekit.frozen import FrozenProgram
 from edgekit.frozen.ops import OPS
-from edgekit.frozen.spiking_ops import NEURON_OPS, SPIKING_OPS, STATEFUL_OPS
+from edgekit.frozen.spiking_ops import SPIKING_OPS, STATEFUL_OPS
 from edgekit.targets.fold import fold_constants
 from edgekit.targets.spiking_rules import UNLOWERED, spiking_rules
 
@@ -60,7 +60,7 @@ def _write_out(program: FrozenProgram, floors: bool) -> Written:
     table: dict[Any, Any] = {getattr(OPS, name).default: rule for name, rule in spiking_rules(floors).items()}
     exported = fold_constants(program.exported.run_decompositions(table))
     made = FrozenProgram(exported, program.name, program.unquantized, program.sources)
-    wanted = {layer.name for layer in program.layers if layer.op in NEURON_OPS | STATEFUL_OPS}
+    wanted = {layer.name for layer in program.layers if layer.op in STATEFUL_OPS or layer.op == "fire"}
     found: dict[str, str] = {}
     for node in made.module.graph.nodes:
         name = _module(node)

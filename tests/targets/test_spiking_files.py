@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from spiking_nets import conv_program, dense_program
+from spiking_nets import STEPS, conv_program, dense_program
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from edgekit.cli import app
 from edgekit.compress.spiking.integer import integer_program
 from edgekit.errors import UnsupportedError
-from edgekit.frozen import FrozenProgram, freeze_module
+from edgekit.frozen import FrozenProgram, freeze_module, load, save
+from edgekit.frozen.one_step import initial_state, stepping
 from edgekit.parity import ArtifactParity
 from edgekit.stages import Evaluation
 from edgekit.targets import get, preflight
@@ -102,6 +105,43 @@ def test_a_file_spikes_as_the_program_in_every_layer(target: str, name: str, tmp
     path.write_bytes(data.replace(pattern, struct.pack("<f", -number)))
     assert any(m.layer == weight.name for m in module.readback(path, program))
     assert verified(program, target, path, x).first_diverging == weight.name
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_of_one_step_run_step_by_step_is_the_program(name: str) -> None:
+    program, x = PROGRAMS[name]()
+    step, state, rows = stepping(program), initial_state(program), []
+    for t in range(STEPS):
+        y, *state = step.run(x[:1] if name.startswith("conv") else x[:1, t], *state)
+        rows.append(y)
+    (wanted,) = program.run(x[:1])
+    if name.startswith("conv"):
+        assert torch.allclose(sum(rows[1:], rows[0]) / STEPS, wanted, atol=1e-6)
+    else:
+        assert torch.equal(torch.stack(rows, 1), wanted)
+
+
+@pytest.mark.parametrize("target", ["onnx", pytest.param("tflite", marks=pytest.mark.slow)])
+def test_a_file_of_one_step_is_run_with_its_state(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = get(target)
+    if module.available():
+        pytest.skip(module.available())
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
+    program, x = PROGRAMS["dense cuba"]()
+    (tmp_path / "run").mkdir()
+    save(program, tmp_path / "run" / "frozen.pt2")
+    done = CliRunner().invoke(app, ["step", str(tmp_path / "run"), "--out", str(tmp_path / "step"), "-t", target])
+    assert done.exit_code == 0, done.output
+    path = tmp_path / "step" / f"model{module.SUFFIX}"
+    state, rows = [s.numpy() for s in initial_state(program)], []
+    for t in range(STEPS):
+        y, *state = module.run(path, [x[:1, t].numpy(), *state])
+        rows.append(y)
+    assert np.array_equal(np.stack(rows, 1), program.run(x[:1])[0].numpy())
+    step = load(tmp_path / "step")
+    inputs = (x[:, 0], *(s.repeat(len(x), 1) for s in initial_state(program)))
+    found = verify_artifact(step, target, path, Evaluation(inputs=inputs, labels=None, metric="accuracy", where="here"))
+    assert found.ok and [layer.layer for layer in found.layers if layer.rounded is not None] == ["spike1.fire", "spike2.fire"]
 
 
 def test_what_files_cannot_hold_is_refused_by_layer() -> None:

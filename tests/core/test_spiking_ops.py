@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from edgekit.frozen import FrozenOp, freeze_module, load, save
 from edgekit.frozen.describe import describe
 from edgekit.frozen.ops import OPS
-from edgekit.frozen.spiking_ops import NO_LEAK, current_bounds
+from edgekit.frozen.spiking_ops import NO_LEAK, charge, current_bounds, fire
 
 F32 = np.float32
 SEEDS = st.integers(0, 2**32 - 1)
@@ -205,3 +205,20 @@ def test_programs_of_spiking_operators_describe_save_and_load(tmp_path: Any) -> 
     table = describe(again)
     assert (table.macs_by_bits, table.state_updates) == ({"w8a1": 24}, 8)
     assert [row.activation_bits for row in table.rows] == [None, 16, 1, None]
+
+
+@pytest.mark.parametrize("reset", ["zero", "subtract"])
+@pytest.mark.parametrize("tie", ["ge", "gt"])
+@pytest.mark.parametrize(("r", "leak"), [(1.0, 0.0), (1.0, -0.2), (2.0, 0.0)])
+def test_the_fast_way_of_single_spikes_is_the_written_one(reset: str, tie: str, r: float, leak: float) -> None:
+    """To the last bit, for membranes on the threshold, and for those that overflow."""
+    x = torch.round(torch.randn(9 * 2, 5, generator=torch.Generator().manual_seed(0)) * 4) / 4
+    x[8, 0], x[12, 1] = torch.inf, -torch.inf
+    k, threshold, zero = torch.tensor(0.5), torch.full((5,), 0.75), torch.tensor(0.0)
+    v, expected = torch.full((2, 5), 0.25), []
+    for current in x.reshape(9, 2, 5):
+        s, v = fire(charge(v, current, k, torch.tensor(r), torch.tensor(leak)), threshold, zero, reset, tie)
+        expected.append(s)
+    arguments = (x, torch.tensor(2.0), torch.tensor(r), torch.tensor(leak), threshold, zero, torch.tensor(0.25))
+    found = torch.ops.edgekit.lif_sequence(*arguments, 1.0, 9, reset, tie, 1)
+    assert torch.equal(found, torch.cat(expected)) and found.any()

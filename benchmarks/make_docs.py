@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import binary_docs
+import binary_net_docs
 import firmware_docs
 import lowrank_docs
 
@@ -357,6 +358,8 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "devices": devices,
     "lowrank": lowrank_docs.lowrank,
     "lowrank_latency": lowrank_docs.latencies,
+    "binary": binary_net_docs.networks,
+    "binary_encoder": binary_net_docs.encoder,
 }
 
 

@@ -28,7 +28,18 @@ from edgekit.compress.ptq.qat import epoch_of
 from edgekit.data import Source
 from edgekit.errors import DataError, ModelError
 
-__all__ = ["BinaryEncoder", "Elastic", "EncoderTraining", "baked", "train_encoder"]
+__all__ = [
+    "BinaryEmbedding",
+    "BinaryEncoder",
+    "BinaryEncoderLayer",
+    "BinaryLinear",
+    "BinaryPooler",
+    "Elastic",
+    "EncoderTraining",
+    "baked",
+    "binary_weight",
+    "train_encoder",
+]
 
 _LEAST = 1e-5
 

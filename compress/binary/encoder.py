@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from edgekit.errors import ModelError
 
-__all__ = ["Encoder", "EncoderConfig", "config_of", "from_hugging_face"]
+__all__ = ["Embeddings", "Encoder", "EncoderConfig", "Layer", "config_of", "from_hugging_face"]
 
 
 @dataclass(frozen=True)

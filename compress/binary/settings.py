@@ -28,7 +28,7 @@ class Stage:
     """
 
     epochs: Annotated[int, Field(ge=1)]
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-3
     weights: Literal["real", "binary"] = "binary"
     activations: Literal["real", "binary"] = "binary"
 
@@ -109,7 +109,7 @@ class Binary:
     target_error: Annotated[float, Field(gt=0.3634, lt=1)] = 0.45
     tau: Annotated[float, Field(ge=0)] = 0.0
     epochs: Annotated[int, Field(ge=1)] = 20
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-3
     stages: tuple[Stage, ...] = ()
     train_batch_size: Annotated[int, Field(ge=2)] = 64
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

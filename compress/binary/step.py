@@ -54,6 +54,8 @@ def binarize(
         )
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise InputError("binary: device cuda was asked for, but torch sees no CUDA device; use device: cpu")
+    if settings.norm == "batch" and not graph.dynamic_batch:
+        raise InputError("binary: the model takes one sample at a time, which has no batch statistics; set norm: none")
     torch.manual_seed(settings.seed)
     choice = choose(graph, settings)
     edited, gone = without_relus(graph, choice, settings.relu == "remove")

@@ -8,8 +8,8 @@ tokens (Linformer: Wang et al. 2020), for one sample:
     Linformer   4 n d^2 + 2 n d f + 2 n k d + 2 n k d
 
 Low rank takes from the projections, whose share falls with n, and is what makes the file smaller; Linformer takes from the
-attention products, whose share grows. A recipe's ``lowrank`` block does the former on any model; Linformer changes what the model
-computes and has to be trained, so edgekit only says when it would pay.
+attention products, whose share grows. A recipe's ``lowrank`` block does the former on any model, and the latter where
+``linformer`` is set and pays; it changes what the model computes and has to be trained.
 """
 
 from __future__ import annotations

@@ -66,6 +66,8 @@ def factorize(
         settings = LowRank(rank=rank, **options)
     except ValueError as error:
         raise InputError(f"factorize: {error}") from None
+    if settings.linformer:
+        raise InputError("factorize: linformer works on the captured graph; take a recipe's lowrank block")
     if parse_rank(settings.rank).kind in METERED:
         raise InputError(
             f"factorize: {settings.rank} is measured on a target, which a recipe's lowrank block does: `edgekit run`, or "
@@ -236,6 +238,7 @@ class _Seen:
     """What one sample shows: each layer's input size and number of calls, and the model's multiply-accumulates."""
 
     def __init__(self, model: nn.Module, stream: _Stream) -> None:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
         from torch.utils.flop_counter import FlopCounterMode
 
         self.sizes: dict[int, tuple[int, int]] = {}
@@ -249,7 +252,7 @@ class _Seen:
 
         handles = [m.register_forward_hook(hook) for m in model.modules() if type(m) in _KINDS]
         try:
-            with _evaluating(model), FlopCounterMode(display=False) as counter:
+            with _evaluating(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 _call(model, next(iter(stream(1))))
         finally:
             for handle in handles:

@@ -30,7 +30,8 @@ class Model:
         macs: multiply-accumulates for one sample.
         outputs: the model's outputs on some calibration samples with the weights of these parameter names replaced.
         meter: what measures, for budgets of what a target measures; ``metered`` is the model's own cost in that.
-        less: what such a budget is made smaller by, because the model that it led to cost more than its layers promised.
+        less: what a budget is made smaller by: where the model that it led to cost more than its layers promised, or where it
+            is a share of a model that something was already done to.
         lines: costs that were measured already; new ones are added.
     """
 

@@ -84,6 +84,8 @@ class LowRank:
         scheme: how a convolution is split: ``ced``: k x k to r channels, then 1 x 1; ``spatial``: k x 1 to r channels, then
             1 x k (Jaderberg et al. 2014); ``tucker``: 1 x 1, k x k, 1 x 1 (Kim et al. 2016); ``auto``: for each layer the one
             with the least error at the same cost (``snmf`` has ``ced`` only). Linear layers become two in any case.
+        linformer: project keys and values of every attention to so many tokens first, where that saves work; 0: of none. It
+            computes something else until it is trained: let ``repair`` follow.
         multiple: ranks are multiples of it (kernels work on 4 or 8 channels at a time); an integer ``rank`` is taken as it is.
         include: regular expressions (full match) of the layers to factorize; all if empty.
         exclude: regular expressions (full match) of layers to leave alone.
@@ -98,6 +100,7 @@ class LowRank:
     target: str = ""
     solver: Literal["svd_data", "svd", "snmf", "random"] = "svd_data"
     scheme: Literal["auto", "ced", "spatial", "tucker"] = "auto"
+    linformer: Annotated[int, Field(ge=0)] = 0
     multiple: Annotated[int, Field(ge=1)] = 4
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

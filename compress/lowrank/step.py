@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from edgekit.compress.canonical import ATEN, arguments, assign_tensor, drop_unused_tensors, pair, traced_value
 from edgekit.compress.capture import Graph, tensor_of
 from edgekit.compress.lowrank.layers import Layer
+from edgekit.compress.lowrank.linformer import shorten
 from edgekit.compress.lowrank.metered import PROBES, Measure, Meter
 from edgekit.compress.lowrank.moments import Moments, side_of
 from edgekit.compress.lowrank.plan import Factorized, Model, factorize_layers, refusal, schemes_of
@@ -50,40 +51,52 @@ def lowrank(
         InputError: a pattern that fits no layer, or a budget that cannot be reached or measured.
         DataError: no calibration data, or NaN and Inf in a layer.
     """
+    given = graph
+    shortened: dict[str, str] = {}
+    alone: dict[str, str] = {}
+    if settings.linformer:
+        graph, shortened, alone = shorten(graph, settings.linformer)
+        if not shortened and not alone:
+            raise InputError("lowrank: linformer: the model has no attention (a softmax between two products)")
     found, left = graph_layers(graph)
     _check_patterns(settings, [*found, *left])
+    left |= alone
+    for name in [f"{n}.{what}" for n in shortened for what in ("keys", "values")]:
+        found.pop(name, None)  # thin already
     for name, layer in list(found.items()):
         if reason := refusal(layer, settings):
             left[name] = reason
             del found[name]
     layers = list(found.values())
     moments = graph_moments(graph, layers, settings, data, progress) if settings.solver == "svd_data" else {}
-    before = graph_cost(graph)
+    before, now = graph_cost(given), graph_cost(graph)
 
     def step(done: int, total: int) -> None:
         if progress:
             progress("factorize", done, total)
 
-    model = Model(before["params"], before["size"], before["macs"], _outputs(graph, settings, data))
+    rank = parse_rank(settings.rank)
+    less = rank.value * (now[rank.kind] - before[rank.kind]) if rank.kind in ("params", "macs") else 0.0
+    model = Model(now["params"], now["size"], now["macs"], _outputs(graph, settings, data), less=less)
     figures: dict[str, float | int | str] = {}
-    if (rank := parse_rank(settings.rank)).kind in METERED:
+    if rank.kind in METERED:
         if measure is None:
             raise InputError(f"lowrank: {settings.rank} is measured on a target, which needs apply(..., measure=)")
         meter = Meter(measure, settings, data, progress)
-        done, refused, figures = _metered(graph, layers, moments, meter, model, step)
+        done, refused, figures = _metered(given, graph, layers, moments, meter, model, step)
     else:
         done, refused = factorize_layers(layers, moments, settings, model, step)
     made = _replaced(graph, done)
     after = graph_cost(made)
     figures |= {f"{k} {w}": v[k] for k in ("params", "macs") for w, v in (("before", before), ("after", after))}
-    warnings = () if done else ("lowrank: no layer was factorized; compress.json has the reason for each",)
+    warnings = () if done or shortened else ("lowrank: no layer was factorized; compress.json has the reason for each",)
     if rank.kind in METERED and float(figures[f"{rank.kind} after"]) > rank.value * float(figures[f"{rank.kind} before"]):
         share = float(figures[f"{rank.kind} after"]) / float(figures[f"{rank.kind} before"])
         warnings = (
             *warnings,
             f"lowrank: {settings.rank} of {settings.target} was missed: measured, it is {share:.3f} of the model's",
         )
-    return made, PassRecord({n: f.text for n, f in done.items()}, {**left, **refused}, figures, warnings)
+    return made, PassRecord({**shortened, **{n: f.text for n, f in done.items()}}, {**left, **refused}, figures, warnings)
 
 
 _TRIES = 3
@@ -91,6 +104,7 @@ _TRIES = 3
 
 
 def _metered(
+    given: Graph,
     graph: Graph,
     layers: Sequence[Layer],
     moments: Mapping[str, Moments],
@@ -100,11 +114,12 @@ def _metered(
 ) -> tuple[dict[str, Factorized], dict[str, str], dict[str, float | int | str]]:
     """What :func:`factorize_layers` gives for a budget that a target measures, and the measured figures."""
     kind, share = meter.rank.kind, meter.rank.value
-    before = meter.model(graph)
+    before = meter.model(given)
+    now = before.total if graph is given else meter.model(graph).total
+    less = share * (now - before.total)
     lines: dict[str, Any] = {}
-    less = 0.0
     for _ in range(_TRIES):
-        model = replace(model, meter=meter, metered=before.total, less=less, lines=lines)
+        model = replace(model, meter=meter, metered=now, less=less, lines=lines)
         done, refused = factorize_layers(layers, moments, meter.settings, model, step)
         after = meter.model(_replaced(graph, done))
         if after.total <= share * before.total:
@@ -252,10 +267,12 @@ def _outputs(graph: Graph, settings: LowRank, data: Data) -> Callable[[Mapping[s
 
 def graph_cost(graph: Graph) -> dict[str, int]:
     """``params`` (values of all tensors, shared ones once), ``size`` (see :class:`Model`), ``macs`` of one sample."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     tensors = {_storage(t): t for t in (*graph.module.parameters(), *graph.module.buffers())}
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # the counter does not know the processor's fused attention, so its products are computed one by one
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         graph.module(*(x[:1] for x in graph.sample))
     return {
         "params": sum(t.numel() for t in tensors.values()),

@@ -44,6 +44,7 @@ class Counter:
         return Costs(sum(layers.values()) + self.extra * len(layers), layers, "counted")
 
 
+@pytest.mark.slow
 def test_a_budget_is_held_by_the_model_and_not_only_by_its_layers() -> None:
     graph, data = capture(net(), (X[:1],)), Data(calibration=X)
     settings = LowRank(rank="instructions:0.5", target="cortex-m4", samples=48)
@@ -63,7 +64,7 @@ def test_a_budget_that_is_missed_is_said() -> None:
         def __call__(self, program: FrozenProgram, target: str, kind: str, sample: Sequence[Tensor]) -> Costs:
             return Costs(1e6, super().__call__(program, target, kind, sample).layers, "counted")
 
-    settings = LowRank(rank="instructions:0.9", target="cortex-m4", samples=48)
+    settings = LowRank(rank="instructions:0.9", target="cortex-m4", samples=48, include=("0",))
     _, record = lowrank(capture(net(), (X[:1],)), settings, Data(calibration=X), measure=Unlike())
     assert record.warnings == ("lowrank: instructions:0.9 of cortex-m4 was missed: measured, it is 1.000 of the model's",)
 

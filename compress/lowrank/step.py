@@ -16,7 +16,7 @@ from edgekit.compress.canonical import ATEN, arguments, assign_tensor, drop_unus
 from edgekit.compress.capture import Graph, tensor_of
 from edgekit.compress.lowrank.layers import Layer
 from edgekit.compress.lowrank.linformer import shorten
-from edgekit.compress.lowrank.metered import PROBES, Measure, Meter
+from edgekit.compress.lowrank.metered import PROBES, Costs, Measure, Meter
 from edgekit.compress.lowrank.moments import Moments, side_of
 from edgekit.compress.lowrank.plan import Factorized, Model, factorize_layers, refusal, schemes_of
 from edgekit.compress.lowrank.settings import METERED, LowRank, parse_rank
@@ -118,13 +118,21 @@ def _metered(
     now = before.total if graph is given else meter.model(graph).total
     less = share * (now - before.total)
     lines: dict[str, Any] = {}
-    for _ in range(_TRIES):
+    tries: list[tuple[Costs, Any]] = []
+    while len(tries) < _TRIES:
         model = replace(model, meter=meter, metered=now, less=less, lines=lines)
-        done, refused = factorize_layers(layers, moments, meter.settings, model, step)
-        after = meter.model(_replaced(graph, done))
-        if after.total <= share * before.total:
+        try:
+            chosen = factorize_layers(layers, moments, meter.settings, model, step)
+        except InputError:
+            if not tries:
+                raise
+            break  # what was missed cannot be made up for
+        tries.append((meter.model(_replaced(graph, chosen[0])), chosen))
+        over = tries[-1][0].total - share * before.total
+        if over <= 0:
             break
-        less += 1.02 * (after.total - share * before.total)
+        less += 1.02 * over
+    after, (done, refused) = min(tries, key=lambda found: found[0].total)
     figures: dict[str, float | int | str] = {f"{kind} before": round(before.total, 2), f"{kind} after": round(after.total, 2)}
     how = f"layers at {PROBES} ranks each, those between interpolated; the model before and after; int8, {before.how}"
     return done, refused, figures | {"measured on": meter.settings.target, "measured how": how}

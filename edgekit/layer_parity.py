@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgekit.frozen import FrozenProgram
 from edgekit.frozen.binary_ops import PACKED_OPS
+from edgekit.frozen.dynamic_ops import DYNAMIC_OPS
 from edgekit.frozen.spiking_ops import REAL_OPS
 from edgekit.metrics import HUGE, difference, sqnr_db
 from edgekit.parity import LayerParity
@@ -198,6 +199,9 @@ def _layer(layer: Any, found: NDArray[Any], expected: NDArray[Any], settings: Ve
         found, expected = np.unpackbits(found.astype(np.uint8)), np.unpackbits(expected.astype(np.uint8))
     if layer.op in REAL_OPS:
         unit = FLOAT_STEP * max(float(np.abs(expected).max(initial=0.0)), 1e-6)
+        found, expected = found / unit, expected / unit
+    if layer.op in DYNAMIC_OPS:  # in steps of an int8 tensor that just holds the layer's output
+        unit = max(float(np.abs(expected).max(initial=0.0)), 1e-6) / 127
         found, expected = found / unit, expected / unit
     gap = difference(found, expected)
     allowed = 0 if layer.packed else settings.max_lsb

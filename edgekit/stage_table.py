@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from edgekit.errors import DataError
 from edgekit.frozen import FrozenProgram
+from edgekit.frozen.dynamic_ops import DYNAMIC_OPS
 from edgekit.frozen.spiking_ops import REAL_OPS
 from edgekit.metrics import HUGE, difference, score, sqnr_db, top1_agreement
 from edgekit.parity import Stage
@@ -74,7 +75,7 @@ def output_lsb(program: FrozenProgram) -> tuple[float | None, ...]:
         while node.name not in layers and node.op == "call_function" and str(node.target).split(".")[1] in _SHAPE_ONLY:
             node = node.args[0]
         layer = layers.get(node.name)
-        if layer is None or layer.op in REAL_OPS:
+        if layer is None or layer.op in REAL_OPS | DYNAMIC_OPS:
             steps.append(None)
         else:
             steps.append(float(layer.args["scale"]) if layer.op == "dequantize" else 1.0)

@@ -28,6 +28,7 @@ from edgekit.artifact import Artifact, Mismatch, TapFile, TensorSpec
 from edgekit.errors import FormatError, InputError, ParityError, UnsupportedError, missing_extra
 from edgekit.files import write_whole
 from edgekit.frozen import FrozenProgram
+from edgekit.frozen.dynamic_ops import DYNAMIC_OPS
 from edgekit.targets import preflight, spiking
 from edgekit.targets.executorch_binary import load_kernels, needs_kernels
 from edgekit.targets.executorch_rules import ATEN_RULES, portable_style, xnnpack_style
@@ -193,7 +194,8 @@ def _convert(program: FrozenProgram, options: Options) -> bytes:
             style, partitioners, rules = xnnpack_style(), [_xnnpack_partitioner()], ATEN_RULES
         try:
             # a linear layer of rank three would be expanded into bmm and an add
-            config = EdgeCompileConfig(preserve_ops=[torch.ops.aten.linear.default])
+            dynamic = any(layer.op in DYNAMIC_OPS for layer in program.layers)  # rows' scales are no core ATen
+            config = EdgeCompileConfig(preserve_ops=[torch.ops.aten.linear.default], _check_ir_validity=not dynamic)
             edge = to_edge_transform_and_lower(to_qdq(program, style, rules), partitioner=partitioners, compile_config=config)
             return bytes(edge.to_executorch(ExecutorchBackendConfig()).buffer)
         except Exception as error:

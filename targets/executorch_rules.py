@@ -26,6 +26,7 @@ from edgekit.targets.qdq import Style
 __all__ = ["ATEN_RULES", "portable_style", "xnnpack_style"]
 
 _ATEN: Any = torch.ops.aten
+_Q: Any = torch.ops.quantized_decomposed
 _LARGEST_CONCAT = 5
 
 
@@ -119,7 +120,21 @@ def xnnpack_style() -> Style:
         y = _ATEN.convolution.default(dq(x, s, z), one, None, stride, [0, 0], [1, 1], False, [0, 0], channels)
         return q(y, s, z)
 
+    def dynamic(x: Tensor, w: Tensor, ws: Tensor, b: Tensor, group_size: int, weight_bits: int) -> Tensor:
+        """The rows' own scales are computed in the graph; a convert of the delegate takes the pattern."""
+        scale, zero = _Q.choose_qparams_per_token_asymmetric(x, torch.int8)
+        q8 = _Q.quantize_per_token(x, scale, zero, -128, 127, torch.int8)
+        real = _Q.dequantize_per_token(q8, scale, zero, -128, 127, torch.int8, torch.float32)
+        if group_size:
+            none = torch.zeros(ws.shape, dtype=torch.int32)
+            wide = _Q.dequantize_per_channel_group(w, ws, none, -8, 7, torch.int8, group_size, torch.float32)
+        else:
+            wide = (packed if weight_bits <= 4 and w.shape[1] % 2 == 0 else plain).weight(w, ws, weight_bits)
+        y: Tensor = _ATEN.linear.default(real, wide, b)
+        return y
+
     rules: dict[str, Callable[..., Tensor]] = {
+        "dynamic_qlinear": dynamic,
         "qlinear": linear, "qlut": lut, "qadd": add, "qmul": mul, "qavg_pool2d": avg_pool, "qconcat": concat, "qslice": slice_,
         **BINARY_RULES,
     }  # fmt: skip

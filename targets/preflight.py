@@ -19,6 +19,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from edgekit.compress.explain import source_line
 from edgekit.errors import UnsupportedError
 from edgekit.frozen import FrozenProgram, Layer
+from edgekit.frozen.dynamic_ops import DYNAMIC_OPS
 from edgekit.targets.accepted import ACCEPTED, REMEDIES
 from edgekit.targets.binary_int8 import int8_form
 from edgekit.targets.spiking import check, is_spiking, plain
@@ -209,11 +210,33 @@ def _layer(layer: Layer, target: str, source: str) -> Iterator[Problem]:
     if bits - ({8, 16} if target == "tflite" else {8}):
         remedy = "set activations: int8; the target tflite takes int16"
         yield Problem(layer.name, layer.op, source, f"its activations have {max(bits)} bits, {target} takes 8", remedy)
-    if target == "onnx":
+    if layer.op in DYNAMIC_OPS:
+        yield from _dynamic(layer, target, source)
+    elif target == "onnx":
         from edgekit.targets.onnx_rules import RULES
 
         if layer.op not in RULES:
             yield Problem(layer.name, layer.op, source, f"operator {layer.op} has no ONNX form", "choose another target")
+
+
+def _dynamic(layer: Layer, target: str, source: str) -> Iterator[Problem]:
+    """Linear layers with integer weights and float activations: which of them a target's kernels take."""
+    group, bits = int(layer.args["group_size"]), int(layer.args["weight_bits"])
+    if layer.op == "weight_only_linear" and target == "executorch":
+        remedy = "set activations: dynamic, or lower to tflite"
+        yield Problem(layer.name, layer.op, source, "XNNPACK has no linear layer of integer weights and float inputs", remedy)
+    elif target == "executorch" and group and (group % 32 or bits > 4):
+        remedy = "give a multiple of 32, and 8-bit layers one scale for each channel"
+        yield Problem(layer.name, layer.op, source, f"XNNPACK takes no groups of {group} at {bits} bits", remedy)
+    elif target == "tflite" and group:
+        remedy = "leave out group_size, or lower to executorch"
+        yield Problem(
+            layer.name, layer.op, source, "TFLite's linear kernels take one weight scale for each output channel", remedy
+        )
+    elif target not in ("executorch", "tflite"):
+        remedy = "set activations: int8, or lower to executorch or tflite"
+        what = f"{target} does not take linear layers with integer weights and float activations"
+        yield Problem(layer.name, layer.op, source, what, remedy)
 
 
 def _edges(program: FrozenProgram) -> Iterator[Problem]:

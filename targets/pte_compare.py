@@ -10,6 +10,7 @@ import numpy as np
 
 from edgekit.artifact import Coverage, Mismatch
 from edgekit.frozen import FrozenProgram, Layer
+from edgekit.frozen.dynamic_ops import DYNAMIC_OPS
 from edgekit.frozen.ops import activation_bounds
 from edgekit.targets.executorch_binary import KERNELS
 from edgekit.targets.float_constants import Stored, compare_floats
@@ -35,6 +36,8 @@ def compare(file: PteFile, program: FrozenProgram, placement: Placement) -> list
         found += _output(file, placed)
         if layer.op in KERNELS:
             found += _binary(file, placed)
+        elif layer.op in DYNAMIC_OPS:
+            found += _dynamic(file, placed, producers)
         elif "weight" in layer.args:
             found += _weighted(file, placed, producers)
         elif layer.op == "qslice":
@@ -125,6 +128,33 @@ def _weighted(file: PteFile, placed: Placed, producers: Mapping[int, FileOp]) ->
     yield from _geometry(layer, op)
 
 
+def _dynamic(file: PteFile, placed: Placed, producers: Mapping[int, FileOp]) -> Iterator[Mismatch]:
+    """Weights, scales and bias of a layer whose input is quantized while it runs, and that it is."""
+    layer, op = placed.layer, placed.ops[0]
+    weight, bias = _constants(file, op, producers)
+    stored = FloatWeight("missing") if weight is None else stored_weight(op, weight)
+    if weight is None or isinstance(stored, FloatWeight):
+        kind = stored.dtype if isinstance(stored, FloatWeight) else "missing"
+        yield Mismatch(layer.name, "weight type", kind, f"int{layer.weight_bits}")
+        return
+    yield from _different(layer, "weight", stored, layer.args["weight"].numpy())
+    scales = layer.args["weight_scale"].numpy().reshape(-1)
+    yield from _different(layer, "weight scale", weight.scales, scales)
+    wanted = layer.args["bias"].numpy()
+    if bias is None and wanted.any():
+        yield Mismatch(layer.name, "bias", "missing", "float32")
+    elif bias is not None:
+        yield from _different(layer, "bias", bias.data, wanted)
+    read = {file.tensors[n].dtype for n in op.inputs if constant_of(file, n, producers) is None}
+    if read != {_ROWS}:
+        yield Mismatch(layer.name, "input type", ", ".join(sorted(read)), "int8, quantized row by row")
+    yield from _geometry(layer, op)
+
+
+_ROWS = "xnn_datatype_qdint8"
+"""Type of a tensor whose rows each have their own scale and zero point."""
+
+
 def _binary(file: PteFile, placed: Placed) -> Iterator[Mismatch]:
     """Constants and other arguments of edgekit's own kernel."""
     layer, op = placed.layer, placed.ops[0]
@@ -205,7 +235,9 @@ def _geometry(layer: Layer, op: FileOp) -> Iterator[Mismatch]:
         pairs.append(("groups", (arguments["groups"],), (layer.args["groups"],)))
     if "output_min" in arguments:
         clamp = (arguments["output_min"], arguments["output_max"])
-        pairs.append(("activation bounds", clamp, _CLAMPS.get(layer.args["activation"], (-float("inf"), float("inf")))))
+        pairs.append(
+            ("activation bounds", clamp, _CLAMPS.get(layer.args.get("activation", "none"), (-float("inf"), float("inf"))))
+        )
     for field, found, expected in pairs:
         if found != expected:
             yield Mismatch(layer.name, field, str(found), str(expected))
@@ -238,7 +270,7 @@ def _row(file: PteFile, placed: Placed, producers: Mapping[int, FileOp]) -> Cove
     kinds = "+".join(dict.fromkeys(op.kind for op in ops)) or "none"
     inside = all(op.delegate >= 0 for op in ops) if ops else bool(file.delegates)
     types = {file.tensors[n].dtype for op in ops for n in (*op.inputs, *op.outputs) if n in file.tensors}
-    in_float = "float32" in types and layer.op not in ("quantize", "dequantize")
+    in_float = "float32" in types and layer.op not in ("quantize", "dequantize") and _ROWS not in types
     runs = "float" if in_float else "delegated" if inside else "int8"
     storage, notes = "", []
     if "weight" in layer.args and ops:

@@ -31,6 +31,7 @@ _MAGIC = b"ET12"
 _DTYPES = {
     "xnn_datatype_fp32": "float32", "xnn_datatype_fp16": "float16", "xnn_datatype_qint8": "int8", "xnn_datatype_quint8": "uint8",
     "xnn_datatype_qint32": "int32", "xnn_datatype_qcint8": "int8", "xnn_datatype_qcint32": "int32", "xnn_datatype_qcint4": "int4",
+    "xnn_datatype_qbint4": "int4",
     "xnn_datatype_int32": "int32", "BYTE": "uint8", "CHAR": "int8", "SHORT": "int16", "INT": "int32", "LONG": "int64",
     "HALF": "float16", "FLOAT": "float32", "DOUBLE": "float64", "BOOL": "bool",
 }  # fmt: skip
@@ -249,8 +250,13 @@ class _Parser:
         if tensor["constant_buffer_idx"]:
             at["data"] = self.buffer(graph, tensor["constant_buffer_idx"], constants)
             data = self.constant(dtype, shape, at["data"])
-        if params is None:
+        if params is None or params.kind == "PerTokenDynamicQuant":
             return FileTensor(dtype, shape, data=data, at=at)
+        if params.kind == "PerChannelGroupQuant" and params["scale_buffer_idx"]:
+            at["group_scales"] = self.buffer(graph, params["scale_buffer_idx"], constants)
+            upper = np.frombuffer(self.data, "<u2", params["num_scales"], at["group_scales"]).astype(np.uint32)
+            scales = (upper << 16).view(np.float32)  # bfloat16
+            return FileTensor(dtype, shape, scales=scales, channel=params["channel_dim"], data=data, at=at)
         if params.kind == "PerTensorQuant":
             at |= params.at
             return FileTensor(dtype, shape, params["scale"], params["zero_point"], data=data, at=at)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgekit.frozen import FrozenProgram, Layer
+from edgekit.frozen.dynamic_ops import DYNAMIC_OPS
 from edgekit.targets.executorch_binary import KERNELS, NAMESPACE, unpack
 from edgekit.targets.pte_file import FileOp, FileTensor, PteFile
 
@@ -32,6 +33,7 @@ _CAT = {"aten::cat", *(f"XNNConcatenate{n}" for n in (2, 3, 4, 5))}
 _MAIN: Mapping[str, set[str]] = {
     "qconv2d": _CONV,
     "qlinear": {"XNNFullyConnected", "aten::linear", "aten::addmm", "aten::mm"},
+    "dynamic_qlinear": {"XNNFullyConnected"},
     "qadd": {"XNNAdd", "aten::add"},
     "qmul": {"XNNMultiply", "aten::mul"},
     "qmean": {"XNNGlobalAvgPooling2d", "aten::mean"},
@@ -163,7 +165,8 @@ class _Placer:
         self.taken.update(ops)
         if found:
             self.known[layer.name] = outs
-        values = tuple(n for n in outs if self.dtype(n) == ("uint8" if layer.packed else "int8"))
+        kind = "float32" if layer.op in DYNAMIC_OPS else "uint8" if layer.packed else "int8"
+        values = tuple(n for n in outs if self.dtype(n) == kind)
         source = None if pool is None else frozenset(pool)
         return Placed(layer, tuple(self.file.ops[i] for i in ops), values, source, found)
 
@@ -272,6 +275,8 @@ class _Placer:
 
     def main(self, layer: Layer, pool: set[int] | None) -> list[int]:
         ops: list[int] = []
+        if layer.op in DYNAMIC_OPS and pool is not None:  # behind what quantizes the rows
+            pool = pool | {o for op in self.file.ops if op.kind == "XNNConvert" and op.inputs[0] in pool for o in op.outputs}
         if layer.op == "qavg_pool2d" and any(layer.args["padding"]):
             ops, pool = self.extend(layer, pool, _PAD, ops)
         if layer.op == "qconcat" and pool is not None:

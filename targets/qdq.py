@@ -77,6 +77,7 @@ def to_qdq(program: FrozenProgram, style: Style, aten_rules: Mapping[Any, Callab
     lowered = program.exported.run_decompositions({**table, **(aten_rules or {})})
     # without this list the weights' dequantize is folded too and the target silently gets FLOAT weights
     kept = {getattr(_Q, f"{verb}_per_{kind}").default for verb in ("quantize", "dequantize") for kind in ("tensor", "channel")}
+    kept.add(_Q.dequantize_per_channel_group.default)
     return fold_constants(lowered, kept)
 
 

@@ -30,7 +30,8 @@ from edgekit.artifact import Artifact, Mismatch, TapFile
 from edgekit.errors import FormatError, InputError, ParityError, UnsupportedError, missing_extra
 from edgekit.files import write_whole
 from edgekit.frozen import FrozenProgram, Layer
-from edgekit.targets import preflight, spiking
+from edgekit.frozen.dynamic_ops import DYNAMIC_OPS
+from edgekit.targets import preflight
 from edgekit.targets import tflite_facts as facts
 from edgekit.targets.binary_int8 import packed
 from edgekit.targets.host_form import host_form, renamed, rows
@@ -311,10 +312,7 @@ def tap_file(path: Path, program: FrozenProgram, copied: bool = False) -> TapFil
     """
     file = read(path)
     channel_last = facts.layouts(file)
-    kept = [(x, t.index) for x in host_form(program).layers if (t := file.by_name.get(x.name)) is not None and t.dtype in _RANGES]
-    neurons = spiking.written_out(program).neurons
-    names = [(program.layer(name), f"~{node}") for name, node in neurons.items()]
-    kept += [(x, t.index) for x, name in names if (t := file.by_name.get(name)) is not None]
+    kept = [(x, t.index) for x in host_form(program).layers if (t := file.by_name.get(x.name)) is not None and _kept(x, t)]
 
     def layers(results: Sequence[NDArray[Any]]) -> dict[str, NDArray[np.int8]]:
         pairs = zip(kept, results[len(file.outputs) :], strict=True)
@@ -335,6 +333,11 @@ def tap_file(path: Path, program: FrozenProgram, copied: bool = False) -> TapFil
         return layers([*results[: len(file.outputs)], *(known[index] for _, index in kept)])
 
     return TapFile(serialize(file.model), (), from_outputs)
+
+
+def _kept(layer: Layer, tensor: Tensor) -> bool:
+    """Whether a tensor is the layer's own result: integers, or float32 where the layer gives that."""
+    return tensor.dtype in _RANGES or (layer.op in DYNAMIC_OPS and tensor.dtype == "FLOAT32")
 
 
 def _in_program_layout(value: NDArray[Any], layer: Layer, channel_last: bool | None) -> NDArray[np.int8] | None:

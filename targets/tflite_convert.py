@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 
 from edgekit.errors import UnsupportedError, missing_extra
 from edgekit.frozen import FrozenProgram
+from edgekit.frozen.dynamic_ops import DYNAMIC_OPS
 from edgekit.targets import qdq
 
 __all__ = ["BARRIER", "convert", "quiet", "trace"]
@@ -91,6 +92,14 @@ def _lut(x: Tensor, table: Tensor, function: str, i_s: float, i_z: int, o_s: flo
     return style.quantize(torch.ops.aten.gelu.default(style.dequantize(x, i_s, i_z)), o_s, o_z)
 
 
+def _float_linear(
+    tracer: _Tracer, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, group_size: int, weight_bits: int
+) -> Any:
+    """A float linear layer; the finish puts its integers in place of these weights."""
+    real = tracer.constant(weight.float() * weight_scale.view(-1, 1))
+    return torch.ops.aten.linear.default(x, real, tracer.constant(bias))
+
+
 def _avg_pool(
     style: _TracedStyle, plain: Callable[..., Tensor], x: Tensor, i_s: float, i_z: int, o_s: float, o_z: int,
     kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil_mode: bool, count_include_pad: bool,
@@ -122,14 +131,17 @@ def trace(program: FrozenProgram, channel_last: bool) -> tuple[fx.GraphModule, t
     own: dict[str, Callable[..., Tensor]] = {"qreshape": _reshape, "qlut": _lut}
     style = _TracedStyle(integer_weights=False, rules=own, tracer=tracer)
     rules = qdq.rules(style)
+    rules |= dict.fromkeys(DYNAMIC_OPS, partial(_float_linear, tracer))
     rules["qavg_pool2d"] = partial(_avg_pool, style, rules["qavg_pool2d"])
     names = {layer.node: layer.name for layer in program.layers}
+    integers = {layer.node for layer in program.layers if layer.op not in DYNAMIC_OPS}
     values: dict[fx.Node, Any] = {}
     stopped: dict[fx.Node, Any] = {}
     samples: list[Tensor] = []
 
     def across(node: fx.Node) -> Any:
-        """A value on the other side of the border between the integer and the float part."""
+        """A value on the other side of the border between the integer and the float part, or between a layer of integer weights
+        and float activations and anything else: the converter merges constants of neighbours there."""
         if node not in stopped:
             stopped[node] = tracer.barrier(values[node], node.name)
         return stopped[node]
@@ -140,7 +152,7 @@ def trace(program: FrozenProgram, channel_last: bool) -> tuple[fx.GraphModule, t
 
     def integer(node: fx.Node) -> Any:
         """What a frozen layer reads."""
-        return values[node] if node.name in names or node.op != "call_function" else across(node)
+        return values[node] if node.name in integers or node.op != "call_function" else across(node)
 
     for node in program.module.graph.nodes:
         tracer.layer = names.get(node.name, f"~{node.name}")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edgekit.frozen import Layer
 from edgekit.targets.tflite_file import enum_names, schema
 
-__all__ = ["add_constant", "add_operator", "add_tensor", "kind_of", "restore_scales", "write_luts"]
+__all__ = ["add_constant", "add_operator", "add_tensor", "kind_of", "opcode", "restore_scales", "write_luts"]
 
 _NATIVE = {
     "sigmoid": ("LOGISTIC", 2, (1 / 256, -128)),
@@ -32,7 +32,7 @@ def kind_of(model: Any, op: Any) -> str:
     return enum_names("BuiltinOperator")[max(code.builtinCode, code.deprecatedBuiltinCode)]
 
 
-def _opcode(model: Any, kind: str, version: int) -> int:
+def opcode(model: Any, kind: str, version: int) -> int:
     """Index of that operator code, added where the file lacks it."""
     code = {name: value for value, name in enum_names("BuiltinOperator").items()}[kind]
     known = [(max(c.builtinCode, c.deprecatedBuiltinCode), c.version) for c in model.operatorCodes]
@@ -47,7 +47,7 @@ def _opcode(model: Any, kind: str, version: int) -> int:
 def add_operator(model: Any, kind: str, version: int, inputs: Sequence[int], outputs: Sequence[int], options: str = "") -> Any:
     """A new operator, not yet in the graph; ``options``: the schema's options table (default values), "" for none."""
     op = schema().OperatorT()
-    op.opcodeIndex, op.inputs, op.outputs = _opcode(model, kind, version), list(inputs), list(outputs)
+    op.opcodeIndex, op.inputs, op.outputs = opcode(model, kind, version), list(inputs), list(outputs)
     if options:
         op.builtinOptionsType = getattr(schema().BuiltinOptions, options)
         op.builtinOptions = getattr(schema(), f"{options}T")()

@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from edgekit.artifact import Coverage, Mismatch, TensorSpec
 from edgekit.frozen import FrozenProgram, Layer
+from edgekit.frozen.dynamic_ops import DYNAMIC_OPS
 from edgekit.frozen.ops import activation_bounds
 from edgekit.targets.float_constants import Stored, compare_floats
+from edgekit.targets.tflite_dynamic import compare_dynamic, integer_weight
 from edgekit.targets.tflite_file import Op, Tensor, TfliteFile, enum_names
 from edgekit.targets.tflite_finish import LAYOUTS, WEIGHTED
 from edgekit.targets.tflite_wide import is_wide
@@ -43,6 +45,9 @@ def compare(file: TfliteFile, program: FrozenProgram) -> list[Mismatch]:
     found: list[Mismatch] = []
     for layer in program.layers:
         mine = ops.get(layer.name, [])
+        if layer.op in DYNAMIC_OPS:
+            found += _dynamic(file, layer, mine)
+            continue
         found += _activation(file, layer, kind)
         found += [Mismatch(layer.name, "type", f"{t.dtype} in {op.kind}", kind) for op, t in _islands(file, layer, mine, kind)]
         if layer.weight_bits is not None:
@@ -56,6 +61,14 @@ def compare(file: TfliteFile, program: FrozenProgram) -> list[Mismatch]:
         strange = [op for op in ops.get("", []) if any(t.dtype == "FLOAT32" for t in file.activations(op))]
         found += [Mismatch(f"{op.kind}#{op.index}", "operator", "a float operator", "no float operator") for op in strange]
     return found
+
+
+def _dynamic(file: TfliteFile, layer: Layer, ops: list[Op]) -> Iterator[Mismatch]:
+    for part in compare_dynamic(file, layer, ops):
+        if isinstance(part, Mismatch):
+            yield part
+        else:
+            yield from _array(layer, *part)
 
 
 def _float_constants(file: TfliteFile) -> list[Stored]:
@@ -203,10 +216,21 @@ def _layer_row(file: TfliteFile, layer: Layer, ops: list[Op], delegated: frozens
         by_caller = border and layer.op in ("quantize", "dequantize")
         note = f"left to the caller: the file's input or output is {integer}" if by_caller else "merged into its neighbour"
         return Coverage(layer.name, "", integer, note=note)
+    if layer.op in DYNAMIC_OPS:
+        return _dynamic_row(file, layer, ops, delegated)
     computing = [op for op in ops if op.kind != "QUANTIZE"] or ops
     main = next((op for op in ops if op.kind in WEIGHTED), computing[-1])
     storage, why = _storage(file, layer, main)
     return Coverage(layer.name, main.kind, _runs(file, ops, delegated), layer.macs, storage, why)
+
+
+def _dynamic_row(file: TfliteFile, layer: Layer, ops: list[Op], delegated: frozenset[int]) -> Coverage:
+    """Integer products behind float tensors, or float products of stored integers."""
+    main = next((op for op in ops if op.kind == "FULLY_CONNECTED"), ops[-1])
+    weight = integer_weight(file, main) if main.kind == "FULLY_CONNECTED" else None
+    runs = "float" if layer.op == "weight_only_linear" else "delegated" if main.index in delegated else "int8"
+    note = "weights become float32 while it runs" if runs == "float" else ""
+    return Coverage(layer.name, main.kind, runs, layer.macs, "" if weight is None else weight.dtype.lower(), note)
 
 
 def _storage(file: TfliteFile, layer: Layer, op: Op) -> tuple[str, str]:

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from edgekit.frozen import FrozenProgram, Layer
+from edgekit.frozen.dynamic_ops import DYNAMIC_OPS
 from edgekit.targets.tflite_convert import BARRIER
+from edgekit.targets.tflite_dynamic import owned_products, write_integers
 from edgekit.targets.tflite_edit import add_operator, add_tensor, restore_scales, write_luts
 from edgekit.targets.tflite_file import Op, TfliteFile, pack, parse, schema, serialize
 
@@ -50,6 +52,7 @@ def finish(content: bytes, program: FrozenProgram, *, channel_last: bool, float_
     names = _names(file, program, owners)
     for tensor in file.tensors:
         graph.tensors[tensor.index].name = names.get(tensor.index, "").encode()
+    write_integers(file, program, owners, packed)
     _constants(file, program, owners, packed)
     layers = {layer.name: layer for layer in program.layers}
     write_luts(model, layers)
@@ -91,6 +94,7 @@ def _owners(file: TfliteFile, program: FrozenProgram) -> dict[int, str]:
         exact = [label for label in found if label in layers and same_quantization(tensor, layers[label])]
         if tensor.data is None and found:
             owners[tensor.index] = max(exact or found, key=rank.__getitem__)
+    owners |= owned_products(file, program)
     owners |= _io_owners(file, program)
     owners |= _shared_dequantizers(file, program, owners)
     return owners | _moved_quantizers(file, program, owners)
@@ -165,7 +169,7 @@ def _names(file: TfliteFile, program: FrozenProgram, owners: Mapping[int, str]) 
 
 def _constants(file: TfliteFile, program: FrozenProgram, owners: Mapping[int, str], packed: bool) -> None:
     """Name weights and biases, make the biases exact, pack weights that the program has in 4 or 2 bits."""
-    layers = {layer.name: layer for layer in program.layers if layer.weight_bits}
+    layers = {layer.name: layer for layer in program.layers if layer.weight_bits and layer.op not in DYNAMIC_OPS}
     tensors = file.model.subgraphs[0].tensors
     packable = _packable(file, layers, owners) if packed else {}
     for op in file.ops:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from edgekit.compress.canonical import ATEN, arguments
 from edgekit.compress.capture import Graph, tensor_of
 
-__all__ = ["equalize", "find_pairs"]
+__all__ = ["equalize", "find_pairs", "own_tensor"]
 
 _WEIGHTED = {ATEN.conv2d.default, ATEN.linear.default}
 _PASSES = {ATEN.relu.default, ATEN.max_pool2d.default, ATEN.avg_pool2d.default, ATEN.mean.dim}
@@ -32,7 +32,7 @@ def equalize(graph: Graph) -> tuple[Graph, tuple[str, ...]]:
         node.meta.pop("batch_norm", None)  # its outputs no longer have that mean and spread
         for argument in node.args[1:3]:
             if isinstance(argument, fx.Node):
-                _own(module, argument)
+                own_tensor(module, argument)
     for _ in range(_SWEEPS):
         change = max((_equalize_pair(module, a, b) for a, b in pairs), default=0.0)
         if change < _ENOUGH:
@@ -82,7 +82,7 @@ def _lets_factors_pass(node: fx.Node) -> bool:
     return node.target in _PASSES
 
 
-def _own(module: fx.GraphModule, node: fx.Node) -> None:
+def own_tensor(module: fx.GraphModule, node: fx.Node) -> None:
     """Give the copied module its own tensor: a deep copy of a graph module shares nothing, an export may alias."""
     owner_name, _, leaf = str(node.target).rpartition(".")
     owner = module.get_submodule(owner_name)

@@ -16,6 +16,7 @@ from edgekit.compress.ptq.units import Unit
 from edgekit.errors import ModelError
 from edgekit.frozen import FloatOp, FrozenOp, FrozenProgram, freeze_module
 from edgekit.frozen.binary_ops import pack_signs
+from edgekit.frozen.dynamic_ops import DYNAMIC_OPS
 from edgekit.frozen.ops import lut_table
 
 __all__ = ["bias_integers", "freeze"]
@@ -129,6 +130,12 @@ class _Builder:
         owner.add_module(leaf, op)
 
     def _unit(self, unit: Unit) -> None:
+        if unit.kind in DYNAMIC_OPS:
+            w = self.plan.weights[unit.name]
+            buffers = {"weight": w.integers, "weight_scale": w.scale, "bias": w.bias.float()}
+            op = FrozenOp(unit.kind, 1, buffers, **unit.attributes, weight_bits=w.bits)
+            self.real[unit.output] = self._add(unit.name, op, self._real(unit.inputs[0]))
+            return
         ins = [] if unit.real else [self.plan.activations[i.name] for i in unit.inputs]
         out = self.plan.activations[unit.output.name]
         op = self._operator(unit, ins, out)

@@ -52,8 +52,19 @@ def quantize(
 
         graph, equalized = equalize(graph)
         changes = dict.fromkeys(equalized, "equalized")
+    if settings.smooth is not None:
+        from edgekit.compress.ptq.smooth import smooth
+
+        graph, smoothed = smooth(graph, settings.smooth, calibration_stream(graph, settings, data))
+        changes |= dict.fromkeys(smoothed, "smoothed")
     check_patterns(graph, settings)
     facts: dict[str, object] = {}
+    if settings.activations in ("dynamic", "float"):
+        from edgekit.compress.ptq.dynamic import dynamic_plan
+
+        made = dynamic_plan(graph, settings, calibration_stream(graph, settings, data), _labelled(progress, settings.method))
+        said = {n: f"weights int{w.bits}, {settings.method}" for n, w in made.weights.items()}
+        return graph, replace(made, changes={n: ", ".join(filter(None, (s, changes.get(n)))) for n, s in said.items()})
     if settings.mixed is not None:
         from edgekit.compress.ptq.mixed import choose_bits
 

@@ -16,8 +16,8 @@ WeightType = Literal["int8", "int4", "int2"]
 
 
 def bits_of(kind: str) -> int:
-    """``bits_of("int4") == 4``."""
-    return int(kind.removeprefix("int"))
+    """``bits_of("int4") == 4``; 8 for "dynamic" activations, which are int8 while they are multiplied, 32 for "float"."""
+    return {"dynamic": 8, "float": 32}.get(kind) or int(kind.removeprefix("int"))
 
 
 def stored_bits(kind: str) -> int:
@@ -33,7 +33,11 @@ class Quantization:
         weights: integer type of weights; per output channel (see ``per_channel``), symmetric.
         activations: integer type of activations. int16 (zero point 0) is taken by the target ``tflite`` alone. int4
             and int2: what ReLUs make and a weighted layer other than the last reads has 16 or 4 levels, stored as int8 (no
-            smaller and no faster here); all else keeps int8, and is named.
+            smaller and no faster here); all else keeps int8, and is named. dynamic: linear layers quantize each row of their
+            input to int8 while they run, without calibration ("8da8w", "8da4w"); float: they do not (weight only). Everything
+            but linear layers then stays float. For transformers; ``ptq`` with ``nearest`` or ``gptq`` only.
+        group_size: with activations dynamic or float, so many inputs of a linear layer share a weight scale; a multiple of 32 for
+            ExecuTorch. Left out: one scale for each output channel.
         observer: how the range of an activation is chosen from calibration data. ``minmax``: the extremes; ``moving_average``:
             their exponential mean over batches; ``percentile``: cuts both tails; ``mse``: the clip with the least error;
             ``entropy``: the clip with the least Kullback-Leibler divergence (Migacz 2017).
@@ -50,7 +54,8 @@ class Quantization:
     """
 
     weights: WeightType = "int8"
-    activations: Literal["int8", "int16", "int4", "int2"] = "int8"
+    activations: Literal["int8", "int16", "int4", "int2", "dynamic", "float"] = "int8"
+    group_size: Annotated[int, Field(ge=2)] | None = None
     observer: Literal["minmax", "moving_average", "percentile", "mse", "entropy"] = "mse"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     symmetric_activations: bool = False
@@ -166,6 +171,8 @@ class PTQ(Quantization):
             ``adaround`` and ``brecq`` (Li et al. 2021) reconstruct each layer, or each block found on the graph: rounding,
             biases and activation scales together, as ``reconstruct`` says.
         equalize: cross-layer equalization before quantization (Nagel et al. 2019).
+        smooth: SmoothQuant (Xiao et al. 2023): how much of the range of what a layer normalization gives to linear layers moves
+            into their weights before quantization, 0 to 1 (0.5 is usual); left out: none moves.
         bias_correction: correct each bias by the mean error that quantization made (Nagel et al. 2019).
         learned_round_steps: optimizer steps of ``learned_round`` for each layer.
         reconstruct: settings of ``adaround`` and ``brecq``.
@@ -175,11 +182,25 @@ class PTQ(Quantization):
 
     method: Literal["nearest", "gptq", "gpfq", "learned_round", "adaround", "brecq"] = "nearest"
     equalize: bool = False
+    smooth: Annotated[float, Field(ge=0, le=1)] | None = None
     bias_correction: bool = False
     learned_round_steps: Annotated[int, Field(ge=1)] = 200
     reconstruct: Reconstruct = Field(default_factory=Reconstruct)
     mixed: Mixed | None = None
     device: Literal["cpu", "cuda"] = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.activations not in ("dynamic", "float"):
+            if self.group_size is not None:
+                raise ValueError(
+                    "group_size is for activations dynamic and float; with integers there is a scale for each channel"
+                )
+            return
+        if self.method not in ("nearest", "gptq"):
+            raise ValueError(f"activations {self.activations} takes method nearest or gptq, found {self.method}")
+        for key in ("equalize", "bias_correction", "mixed"):
+            if getattr(self, key):
+                raise ValueError(f"activations {self.activations} does not go with {key}")
 
 
 @dataclass(frozen=True, config=_FORBID, kw_only=True)
@@ -197,3 +218,7 @@ class QAT(Quantization):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     train_batch_size: Annotated[int, Field(ge=1)] = 32
     device: Literal["cpu", "cuda"] = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.activations in ("dynamic", "float") or self.group_size is not None:
+            raise ValueError("qat trains integer activations; activations dynamic and float and group_size are ptq's")

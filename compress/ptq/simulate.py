@@ -19,8 +19,9 @@ from edgekit.compress.capture import Graph
 from edgekit.compress.ptq.binary_units import input_threshold
 from edgekit.compress.ptq.freeze import bias_integers
 from edgekit.compress.ptq.observers import ActQ
-from edgekit.compress.ptq.plan import Plan
+from edgekit.compress.ptq.plan import Plan, WeightQ
 from edgekit.compress.ptq.units import Unit
+from edgekit.frozen.dynamic_ops import DYNAMIC_OPS, dynamic_linear, weight_only_linear
 from edgekit.frozen.ops import activation_bounds
 
 __all__ = ["FakeQuantize", "SignedLayer", "WeightedLayer", "layer_of", "simulate", "taps"]
@@ -101,6 +102,22 @@ class SignedLayer(nn.Module):
         return torch.where(y >= self.limit, 1.0, low) if self.packed else y  # type: ignore[operator]
 
 
+class DynamicLayer(nn.Module):
+    """A linear layer with integer weights that reads and gives float."""
+
+    def __init__(self, unit: Unit, w: WeightQ) -> None:
+        super().__init__()
+        self.compute = dynamic_linear if unit.kind == "dynamic_qlinear" else weight_only_linear
+        self.group_size = int(unit.attributes["group_size"])
+        self.register_buffer("integers", w.integers)
+        self.register_buffer("scale", w.scale)
+        self.register_buffer("bias", w.bias.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., features)."""
+        return self.compute(x, self.integers, self.scale, self.bias, self.group_size)  # type: ignore[arg-type]
+
+
 def layer_of(unit: Unit, plan: Plan) -> nn.Module:
     """A weighted unit with its weights and bias at their grids."""
     w, x = plan.weights[unit.name], plan.activations[unit.inputs[0].name]
@@ -145,7 +162,11 @@ def simulate(
         return entered[node]
 
     for node in graph.module.graph.nodes:
-        if node in starts:
+        if node in starts and starts[node].kind in DYNAMIC_OPS:
+            unit = starts[node]
+            root.add_module(name := f"layer_{plan.units.index(unit)}", DynamicLayer(unit, plan.weights[unit.name]))
+            values[node] = out.call_module(name, (values[unit.inputs[0]],))
+        elif node in starts:
             unit = starts[node]
             ins = {i: values[i] if unit.real else enter(i) for i in unit.inputs}
             if unit.weight is not None or unit.signs is not None:

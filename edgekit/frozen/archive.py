@@ -21,7 +21,7 @@ from torch.export.pt2_archive._package import load_pt2
 
 from edgekit.errors import FormatError
 from edgekit.files import write_whole
-from edgekit.frozen import binary_ops, ops  # noqa: F401  registers the operators before torch reads a graph of them
+from edgekit.frozen import binary_ops, dynamic_ops, ops  # noqa: F401  registers the operators before torch reads a graph of them
 from edgekit.frozen.program import FrozenProgram, Unquantized
 from edgekit.frozen.screen import Refused, screen_graph, screen_members, screen_payloads
 

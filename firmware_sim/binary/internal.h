@@ -17,7 +17,7 @@ enum { EKB_PIXELS = 8 };
 typedef struct {
     const uint8_t *x[EKB_PIXELS];
     const uint8_t *mask[EKB_PIXELS]; /* all NULL: none */
-    const uint8_t *w;                /* first block's first word */
+    const uint8_t *w;                /* block 0's first word */
     const uint8_t *tails;            /* 64 bytes a block: one more word behind the last row; or NULL */
     ptrdiff_t w_block, w_row, x_row; /* bytes */
     int32_t rows, words;
@@ -31,11 +31,11 @@ typedef struct {
 typedef struct {
     const char *name;
     int (*supported)(void);
-    void (*tile)(const ekb_job *job, int32_t pixels, int32_t blocks);
+    void (*tile)(const ekb_job *job, int32_t pixels, int32_t first_block, int32_t end_block);
     /* Kernels that want 64 outputs side by side have a layout of their own, made for each call: w is `words` 64-byte words of 8
      * blocks; may be NULL. The job's w, w_block and w_row are then of that layout, and threshold of 64 outputs each. */
     void (*wide_pack)(const uint8_t *const blocks[8], int32_t words, uint8_t *out);
-    void (*wide_tile)(const ekb_job *job, int32_t pixels, int32_t blocks);
+    void (*wide_tile)(const ekb_job *job, int32_t pixels, int32_t first_block, int32_t end_block);
     int32_t wide_pixels; /* from this many pixels on it pays */
     /* out[i] = clamp(round((float)(acc[i] + bias[i]) * multiplier[i]) + zp), n a multiple of 8; sums fit int32 */
     void (*requantize)(const int32_t *acc, const int32_t *bias, const float *multiplier, int32_t n, const ekb_end *end, int8_t *out);
@@ -56,6 +56,23 @@ static inline uint64_t ekb_word(const uint8_t *p)
 }
 
 /* 8 rows of 8 bytes, transposed. */
+#if defined(__SSE2__)
+#include <emmintrin.h>
+static inline void ekb_transpose8(uint64_t v[8])
+{
+    __m128i a[4], b[4];
+    for (int i = 0; i < 4; i++)
+        a[i] = _mm_unpacklo_epi8(_mm_loadl_epi64((const __m128i *)(v + 2 * i)), _mm_loadl_epi64((const __m128i *)(v + 2 * i + 1)));
+    for (int i = 0; i < 2; i++) {
+        b[2 * i] = _mm_unpacklo_epi16(a[2 * i], a[2 * i + 1]);
+        b[2 * i + 1] = _mm_unpackhi_epi16(a[2 * i], a[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; i++) {
+        _mm_storeu_si128((__m128i *)(v + 4 * i), _mm_unpacklo_epi32(b[i], b[2 + i]));
+        _mm_storeu_si128((__m128i *)(v + 4 * i + 2), _mm_unpackhi_epi32(b[i], b[2 + i]));
+    }
+}
+#else
 static inline void ekb_transpose8(uint64_t v[8])
 {
     for (int i = 0; i < 4; i++) {
@@ -75,5 +92,6 @@ static inline void ekb_transpose8(uint64_t v[8])
         v[i + 1] ^= t;
     }
 }
+#endif
 
 #endif

@@ -15,17 +15,17 @@ typedef struct {
     ptrdiff_t bytes;
     int exact; /* acc + bias fits int32 */
     const ekb_end *end;
-    int32_t last_threshold[8];
+    const int32_t *threshold; /* filled up to whole blocks */
     int32_t *acc, *bias;
     float *multiplier;
-    int8_t *integers;
+    int8_t *integers, *turned; /* a pixel of integers; all of them, where the result has its pixels last */
     void *memory;
 } layer;
 
 /* Where the results of up to 8 pixels go. */
 typedef struct {
     ptrdiff_t index[EKB_PIXELS];
-    ptrdiff_t pixel, output; /* bytes from one pixel to the next (of packed ones too), from one output to the next */
+    ptrdiff_t pixel; /* bytes of a packed one */
     int32_t first_output;    /* bit of the first output: that of the group */
 } place;
 
@@ -78,8 +78,12 @@ static int prepare(layer *l, int32_t outputs, int32_t bytes, int64_t sums, const
                 l->variant->wide_pack(tails, 1, to + 512 * (ptrdiff_t)l->words);
         }
     }
-    for (int32_t o = 0; o < 8; o++) /* no sum reaches it: bits behind the last output are 0 */
-        l->last_threshold[o] = end->bits && o < l->rest ? end->threshold[8 * l->full + o] : INT32_MAX;
+    l->threshold = end->threshold;
+    if (end->bits && l->rest) {
+        for (int32_t o = 0; o < 8 * blocks; o++) /* no sum reaches the largest: bits behind the last output are 0 */
+            l->bias[o] = o < outputs ? end->threshold[o] : INT32_MAX;
+        l->threshold = l->bias;
+    }
     if (!end->bits) {
         l->exact = 1;
         for (int32_t o = 0; o < 8 * blocks; o++) {
@@ -92,32 +96,22 @@ static int prepare(layer *l, int32_t outputs, int32_t bytes, int64_t sums, const
 }
 
 /* Sums of these pixels for every output, to bits or to l->acc; the job has x, mask, rows, words, x_row, w_row and ones. */
-static void sweep(const layer *l, ekb_job job, int32_t pixels, ptrdiff_t first_word)
+static void sweep(const layer *l, ekb_job *job, int32_t pixels, ptrdiff_t first_word)
 {
-    int32_t wide = job.mask[0] ? 0 : l->wide_blocks;
-    ekb_job part = job;
+    const int32_t wide = job->mask[0] ? 0 : l->wide_blocks;
     if (wide) {
-        part.words += l->tail != 0; /* x is filled up to words there */
-        part.w = l->wide + 512 * first_word;
-        part.w_block = 512 * (ptrdiff_t)(l->words + (l->tail != 0)), part.w_row = 8 * job.w_row, part.tails = NULL;
-        l->variant->wide_tile(&part, pixels, wide);
+        const int32_t extra = l->tail != 0; /* x is filled up to words there */
+        job->tails = NULL, job->w = l->wide + 512 * first_word, job->w_block = 512 * (ptrdiff_t)(l->words + extra);
+        job->words += extra, job->w_row *= 8;
+        l->variant->wide_tile(job, pixels, 0, wide);
+        job->words -= extra, job->w_row /= 8;
     }
-    int32_t done = 8 * wide;
-    part = job;
-    for (int32_t p = 0; p < pixels && job.bits[0]; p++)
-        part.bits[p] += done;
-    part.threshold += done * 8, part.acc += done * 8;
-    part.tails = l->tail ? l->tails + 64 * (ptrdiff_t)done : NULL;
-    part.w = l->weight + 8 * l->bytes * done + 64 * first_word, part.w_block = 8 * l->bytes;
-    l->variant->tile(&part, pixels, l->full - done);
-    if (!l->rest)
-        return;
-    for (int32_t p = 0; p < pixels && job.bits[0]; p++)
-        part.bits[p] = job.bits[p] + l->full;
-    part.threshold = l->last_threshold, part.acc = job.acc + 8 * (ptrdiff_t)l->full;
-    part.tails = l->tail ? l->tails + 64 * (ptrdiff_t)l->full : NULL;
-    part.w = l->last + 64 * first_word;
-    l->variant->tile(&part, pixels, 1);
+    job->tails = l->tails, job->w = l->weight + 64 * first_word, job->w_block = 8 * l->bytes;
+    l->variant->tile(job, pixels, 8 * wide, l->full);
+    if (l->rest) {
+        job->w = l->last + 64 * first_word, job->w_block = 0;
+        l->variant->tile(job, pixels, l->full, l->full + 1);
+    }
 }
 
 static void pack_bits(const layer *l, const place *to, int32_t pixels)
@@ -132,44 +126,41 @@ static void pack_bits(const layer *l, const place *to, int32_t pixels)
     }
 }
 
-static void scatter(const layer *l, const place *to, int32_t pixels, ptrdiff_t stride)
-{
-    int next_to_each_other = to->pixel == 1 && pixels == EKB_PIXELS;
-    for (int32_t p = 1; p < pixels; p++)
-        next_to_each_other &= to->index[p] == to->index[p - 1] + 1;
-    for (int32_t o = 0; o < l->outputs; o += 8) {
-        uint64_t v[8] = {0};
-        int32_t n = l->outputs - o < 8 ? l->outputs - o : 8;
-        for (int32_t p = 0; p < pixels; p++)
-            memcpy(&v[p], l->integers + p * stride + o, 8);
-        if (to->output == 1) {
-            for (int32_t p = 0; p < pixels; p++)
-                memcpy(l->end->integers + to->index[p] * to->pixel + o, &v[p], (size_t)n);
-            continue;
-        }
-        ekb_transpose8(v);
-        for (int32_t k = 0; k < n; k++) {
-            int8_t *out = l->end->integers + (o + k) * to->output;
-            if (next_to_each_other)
-                memcpy(out + to->index[0], &v[k], 8);
-            else
-                for (int32_t p = 0; p < pixels; p++)
-                    out[to->index[p] * to->pixel] = (int8_t)(v[k] >> 8 * p);
-        }
-    }
-}
-
 static void finish(const layer *l, const place *to, int32_t pixels)
 {
     if (l->end->bits) {
         pack_bits(l, to, pixels);
         return;
     }
-    int32_t stride = 8 * (l->full + (l->rest != 0));
-    for (int32_t p = 0; p < pixels; p++)
-        (l->exact ? l->variant->requantize : ekb_requantize_portable)(l->acc + p * (ptrdiff_t)stride, l->bias, l->multiplier, stride,
-                                                                      l->end, l->integers + p * (ptrdiff_t)stride);
-    scatter(l, to, pixels, stride);
+    const ptrdiff_t stride = 8 * (ptrdiff_t)(l->full + (l->rest != 0));
+    for (int32_t p = 0; p < pixels; p++) {
+        int8_t *row = l->end->integers + to->index[p] * l->outputs;
+        int8_t *out = l->turned ? l->turned + to->index[p] * stride : l->rest ? l->integers : row;
+        (l->exact ? l->variant->requantize : ekb_requantize_portable)(l->acc + p * stride, l->bias, l->multiplier, (int32_t)stride,
+                                                                      l->end, out);
+        if (out == l->integers)
+            memcpy(row, out, (size_t)l->outputs);
+    }
+}
+
+/* (pixels, outputs) to (outputs, pixels), for one image. */
+static void turn(const layer *l, const int8_t *from, ptrdiff_t pixels, int8_t *out)
+{
+    const ptrdiff_t stride = 8 * (ptrdiff_t)(l->full + (l->rest != 0));
+    for (ptrdiff_t p = 0; p < pixels; p += 8)
+        for (int32_t o = 0; o < l->outputs; o += 8) {
+            uint64_t v[8] = {0};
+            const int32_t n = l->outputs - o < 8 ? l->outputs - o : 8, m = pixels - p < 8 ? (int32_t)(pixels - p) : 8;
+            for (int32_t i = 0; i < m; i++)
+                memcpy(&v[i], from + (p + i) * stride + o, 8);
+            ekb_transpose8(v);
+            if (m == 8)
+                for (int32_t k = 0; k < n; k++)
+                    memcpy(out + (o + k) * pixels + p, &v[k], 8);
+            else
+                for (int32_t k = 0; k < n; k++)
+                    memcpy(out + (o + k) * pixels + p, &v[k], (size_t)m);
+        }
 }
 
 /* Up to 8 pixels with all their words; `counted`: for each the number of x that count, where there is a mask. */
@@ -177,10 +168,10 @@ static void chunk(const layer *l, ekb_job *job, const place *to, int32_t pixels,
 {
     int direct = l->end->bits && !job->mask[0] && to->first_output % 8 == 0 && (to->first_output == 0 || l->rest == 0);
     job->acc = l->acc, job->acc_pixel = 8 * (ptrdiff_t)(l->full + (l->rest != 0));
-    job->threshold = l->end->threshold;
+    job->threshold = l->threshold;
     for (int32_t p = 0; p < pixels; p++)
         job->bits[p] = direct ? l->end->bits + to->index[p] * to->pixel + to->first_output / 8 : NULL;
-    sweep(l, *job, pixels, first_word);
+    sweep(l, job, pixels, first_word);
     if (direct)
         return;
     for (int32_t p = 0; p < pixels && counted; p++)
@@ -230,7 +221,7 @@ static void in_place(const ekb_conv *s, const layer *l, const uint8_t *x, place 
                         ptrdiff_t top = i * s->stride[0] - s->padding[0] + k0 * s->dilation[0];
                         ptrdiff_t left = j * s->stride[1] - s->padding[1] + t0 * s->dilation[1];
                         job.x[pixels] = x + n * image + (job.rows ? top * row + left * c : 0);
-                        to.index[pixels++] = n * (l->end->bits ? plane : plane * s->out_channels) + i * s->out_width + j;
+                        to.index[pixels++] = n * plane + i * s->out_width + j;
                         if (pixels == EKB_PIXELS || (i == h_end - 1 && j == w_end - 1)) {
                             chunk(l, &job, &to, pixels, (k0 * s->kernel[1] + t0) * c / 8, NULL);
                             pixels = 0;
@@ -292,7 +283,7 @@ static int gathered(const ekb_conv *s, const layer *l, const uint8_t *x, place t
         uint8_t *patch = patches + (size_t)pixels * padded, *mask = masks + (size_t)pixels * padded;
         counted[pixels] = gather(s, x + n * row * s->height, group, i, j, patch, mask);
         whole &= counted[pixels] == all;
-        to.index[pixels++] = n * (l->end->bits ? plane : plane * s->out_channels) + at % plane;
+        to.index[pixels++] = at;
         if (pixels < EKB_PIXELS && at + 1 < last)
             continue;
         ekb_job job = {.rows = 1, .words = l->words, .ones = whole ? all : 0};
@@ -315,7 +306,7 @@ int ekb_conv2d(const ekb_conv *s, const uint8_t *x, const uint8_t *weight, const
         memset(end->bits, 0, (size_t)(s->batch * plane) * (size_t)((s->out_channels + 7) / 8));
     for (int32_t group = 0, failed; group < s->groups; group++) {
         ekb_end own = *end;
-        place to = {.pixel = end->bits ? (s->out_channels + 7) / 8 : 1, .output = plane};
+        place to = {.pixel = (s->out_channels + 7) / 8};
         if (end->bits) {
             to.first_output = group * outputs;
             own.threshold += group * outputs;
@@ -325,11 +316,19 @@ int ekb_conv2d(const ekb_conv *s, const uint8_t *x, const uint8_t *weight, const
         layer l;
         if (prepare(&l, outputs, bytes, (int64_t)taps * count, weight + (ptrdiff_t)group * outputs * bytes, &own, s->batch * plane))
             return -1;
+        const ptrdiff_t stride = (outputs + 7) / 8 * 8;
+        if (!end->bits && !(l.turned = malloc((size_t)(s->batch * plane * stride) + 8))) {
+            free(l.memory);
+            return -1;
+        }
         failed = 0;
         if (direct)
             in_place(s, &l, x, to);
         else
             failed = gathered(s, &l, x, to, group);
+        for (int32_t n = 0; n < s->batch && l.turned; n++)
+            turn(&l, l.turned + n * plane * stride, plane, own.integers + n * plane * s->out_channels);
+        free(l.turned);
         free(l.memory);
         if (failed)
             return -1;
@@ -346,7 +345,7 @@ static int rows_of(const layer *l, int32_t rows, int32_t features, const uint8_t
     uint8_t *copies = l->tail ? calloc(EKB_PIXELS, padded) : NULL;
     if (l->tail && !copies)
         return -1;
-    place to = {.pixel = l->end->bits ? (l->outputs + 7) / 8 : l->outputs, .output = 1};
+    place to = {.pixel = (l->outputs + 7) / 8};
     for (int32_t r = 0; r < rows; r += EKB_PIXELS) {
         ekb_job job = {.rows = 1, .words = l->words, .ones = ones ? 0 : features};
         int32_t n = rows - r < EKB_PIXELS ? rows - r : EKB_PIXELS, counted[EKB_PIXELS] = {0};

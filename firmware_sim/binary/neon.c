@@ -80,9 +80,9 @@ INLINE void part(const ekb_job *job, int first, int32_t block, const int P, cons
     }
 }
 
-static void tile(const ekb_job *job, int32_t pixels, int32_t blocks)
+static void tile(const ekb_job *job, int32_t pixels, int32_t first_block, int32_t end_block)
 {
-    for (int32_t block = 0; block < blocks; block++) {
+    for (int32_t block = first_block; block < end_block; block++) {
         int32_t first = 0;
         if (job->mask[0]) {
             for (; first < pixels; first++)

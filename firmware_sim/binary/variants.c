@@ -34,9 +34,9 @@ static void store(const ekb_job *job, int32_t p, int32_t block, const uint64_t d
         job->bits[p][block] = (uint8_t)byte;
 }
 
-static void tile(const ekb_job *job, int32_t pixels, int32_t blocks)
+static void tile(const ekb_job *job, int32_t pixels, int32_t first_block, int32_t end_block)
 {
-    for (int32_t block = 0; block < blocks; block++)
+    for (int32_t block = first_block; block < end_block; block++)
         for (int32_t p = 0; p < pixels; p++) {
             uint64_t counts[8] = {0}, bytes[8] = {0};
             int pending = 0;

@@ -75,33 +75,32 @@ PART512(1, 1, 0) PART512(4, 1, 1) PART512(1, 1, 1)
 
 typedef void part(const ekb_job *, int, int);
 
-static void sweep512(const ekb_job *job, int first, int32_t blocks, int G, part *several, part *one)
+static void sweep512(const ekb_job *job, int first, int32_t block, int32_t end, int G, part *several, part *one)
 {
-    int32_t block = 0;
-    for (; block + G <= blocks; block += G)
+    for (; block + G <= end; block += G)
         several(job, first, block);
-    for (; block < blocks; block++)
+    for (; block < end; block++)
         one(job, first, block);
 }
 
-static void tile512(const ekb_job *job, int32_t pixels, int32_t blocks)
+static void tile512(const ekb_job *job, int32_t pixels, int32_t block, int32_t end)
 {
     int first = 0, left = pixels;
     if (job->mask[0]) {
         for (; left >= 4; left -= 4, first += 4)
-            sweep512(job, first, blocks, 1, part512_4_1_1, part512_4_1_1);
+            sweep512(job, first, block, end, 1, part512_4_1_1, part512_4_1_1);
         for (; left; left--, first++)
-            sweep512(job, first, blocks, 1, part512_1_1_1, part512_1_1_1);
+            sweep512(job, first, block, end, 1, part512_1_1_1, part512_1_1_1);
         return;
     }
     for (; left >= 8; left -= 8, first += 8)
-        sweep512(job, first, blocks, 2, part512_8_2_0, part512_8_1_0);
+        sweep512(job, first, block, end, 2, part512_8_2_0, part512_8_1_0);
     for (; left >= 4; left -= 4, first += 4)
-        sweep512(job, first, blocks, 2, part512_4_2_0, part512_4_1_0);
+        sweep512(job, first, block, end, 2, part512_4_2_0, part512_4_1_0);
     for (; left >= 2; left -= 2, first += 2)
-        sweep512(job, first, blocks, 2, part512_2_2_0, part512_2_1_0);
+        sweep512(job, first, block, end, 2, part512_2_2_0, part512_2_1_0);
     for (; left; left--, first++)
-        sweep512(job, first, blocks, 4, part512_1_4_0, part512_1_1_0);
+        sweep512(job, first, block, end, 4, part512_1_4_0, part512_1_1_0);
 }
 
 static int has512(void)
@@ -154,9 +153,9 @@ AVX2 static void store256(const ekb_job *job, int p, int block, __m256i differin
     }
 }
 
-AVX2 INLINE void part256(const ekb_job *job, int first, int32_t blocks, const int P)
+AVX2 INLINE void part256(const ekb_job *job, int first, int32_t block, int32_t end, const int P)
 {
-    for (int32_t block = 0; block < blocks; block++) {
+    for (; block < end; block++) {
         __m256i sum[2][2], low[2][2], zero = _mm256_setzero_si256();
         int pending = 0;
         for (int p = 0; p < 2; p++)
@@ -175,13 +174,13 @@ AVX2 INLINE void part256(const ekb_job *job, int first, int32_t blocks, const in
     }
 }
 
-AVX2 static void tile256(const ekb_job *job, int32_t pixels, int32_t blocks)
+AVX2 static void tile256(const ekb_job *job, int32_t pixels, int32_t block, int32_t end)
 {
     int32_t first = 0;
     for (; first + 2 <= pixels; first += 2)
-        part256(job, first, blocks, 2);
+        part256(job, first, block, end, 2);
     for (; first < pixels; first++)
-        part256(job, first, blocks, 1);
+        part256(job, first, block, end, 1);
 }
 
 /* Here the shuffle is indexed by WEIGHT nibbles and its table, chosen by a nibble of x, is bits differing from it: no xor, and 64
@@ -284,9 +283,9 @@ AVX2 INLINE void wide_part256(const ekb_job *job, int first, int block, const in
     }
 }
 
-AVX2 static void wide_tile256(const ekb_job *job, int32_t pixels, int32_t blocks)
+AVX2 static void wide_tile256(const ekb_job *job, int32_t pixels, int32_t block, int32_t end)
 {
-    for (int32_t block = 0; block < blocks; block++) {
+    for (; block < end; block++) {
         int32_t first = 0;
         for (; first + 3 <= pixels; first += 3)
             wide_part256(job, first, block, 3);
@@ -318,9 +317,9 @@ static int has256(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu
 
 /* ---- the POPCNT instruction */
 
-POPCNT static void tile_popcnt(const ekb_job *job, int32_t pixels, int32_t blocks)
+POPCNT static void tile_popcnt(const ekb_job *job, int32_t pixels, int32_t block, int32_t end)
 {
-    for (int32_t block = 0; block < blocks; block++)
+    for (; block < end; block++)
         for (int32_t p = 0; p < pixels; p++) {
             int64_t counts[8] = {0};
             for (int32_t row = 0; row <= job->rows; row++) {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import binary_docs
+import binary_host_docs
 import binary_net_docs
 import firmware_docs
 import lowrank_docs
@@ -355,6 +356,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "devices_arm64": devices_arm64,
     "firmware": lambda rows: firmware_docs.firmware(rows, TITLES),
     "binary_firmware": binary_docs.firmware,
+    "binary_host": binary_host_docs.binary_host,
     "devices": devices,
     "lowrank": lowrank_docs.lowrank,
     "lowrank_latency": lowrank_docs.latencies,

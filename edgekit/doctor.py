@@ -17,6 +17,8 @@ TOOLS = {
     "arm-none-eabi-gcc": "builds firmware (cortex-m0 to cortex-m55)",
     "qemu-system-arm": "runs and measures firmware (devices qemu:mps2-an386, ...)",
     "gcc": "builds the emulator's instruction counter",
+    "g++": "builds the 1-bit kernels of .pte files, when one is first run here",
+    "aarch64-linux-gnu-g++": "the same for arm64 devices",
     "chromium": "draws the report page in a test",
 }
 """Programs that edgekit may use, and for what."""

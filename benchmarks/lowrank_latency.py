@@ -1,4 +1,4 @@
-"""Latency of low-rank layers and of RMSNorm as ratios to the dense layer and to LayerNorm, in ExecuTorch and TFLite.
+"""Latency of low-rank layers, of RMSNorm and of other exact rewrites as ratios to the model as it came, in ExecuTorch and TFLite.
 
     python benchmarks/lowrank_latency.py [--rounds 200] [--targets executorch tflite]
 
@@ -34,6 +34,36 @@ NOTES = (
     "A float file of low-rank layers beside the dense float file, and the same in int8; what is timed is the runtime's call.",
     "The encoder is the shape of a small ViT or BERT: 6 pre-norm layers of 192 features, 64 tokens, random weights.",
 )
+
+
+class Branches(nn.Module):
+    """RepVGG's block in training form, and a stem so that it is not the first layer."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.wide, self.narrow = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.Conv2d(width, width, 1, bias=False)
+        self.norms, self.head = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(3)), nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        a, b, c = self.norms
+        x = torch.relu(a(self.wide(x)) + b(self.narrow(x)) + c(x))
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Written(nn.Module):
+    """Two convolutions with an activation written out between them."""
+
+    def __init__(self, kind: str, width: int = 48) -> None:
+        super().__init__()
+        self.a, self.b, self.kind = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1), kind
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        gate = torch.sigmoid(x) if self.kind == "SiLU" else nn.functional.relu6(x + 3) / 6
+        return self.head(self.b(x * gate).mean((2, 3)))  # type: ignore[no-any-return]
 
 
 class Encoder(nn.Module):
@@ -81,9 +111,23 @@ def cases() -> Iterator[tuple[str, nn.Module, Tensor, dict[str, Blocks]]]:
     yield "pre-LN encoder", Encoder().eval(), torch.randn(32, 64, 192), variants | {"ced float": low, "ced int8": [*low, *int8]}
 
 
+def rewrites() -> Iterator[tuple[str, nn.Module, Tensor, dict[str, Blocks]]]:
+    """The same for the fusing rewrites: the model as it was written, and as it is after them."""
+    int8 = [recipe.Block("ptq", PTQ(samples=32))]
+    plain, fused = ([recipe.Block("rewrite", Rewrite(fuse=fuse))] for fuse in (False, True))
+    variants = {"as written float": plain, "as written int8": [*plain, *int8]}
+    variants |= {"rewritten float": fused, "rewritten int8": [*fused, *int8]}
+    torch.manual_seed(0)
+    maps = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    yield "RepVGG block 48, 32x32", Branches().eval(), torch.randn(32, 3, 32, 32), variants
+    yield "linear behind linear, 256", maps.eval(), torch.randn(32, 256), variants
+    yield "SiLU written out, 48, 32x32", Written("SiLU").eval(), torch.randn(32, 3, 32, 32), variants
+    yield "hardswish written out, 48, 32x32", Written("hardswish").eval(), torch.randn(32, 3, 32, 32), variants
+
+
 def rows_of(target: str, rounds: int, only: str | None) -> Iterator[dict[str, Any]]:
     module = targets.get(target)
-    for name, model, x, variants in cases():
+    for name, model, x, variants in (*cases(), *rewrites()):
         if only and only not in name:
             continue
         runs: dict[str, Callable[[], Any]] = {}
@@ -101,8 +145,9 @@ def rows_of(target: str, rounds: int, only: str | None) -> Iterator[dict[str, An
                 give(x[:1].numpy())
                 runs[variant] = run
             times = interleaved(runs, rounds)
+        start = next(iter(runs)).removesuffix(" float")
         for variant in runs:
-            base = "dense int8" if variant.endswith("int8") else "dense float"
+            base = f"{start} int8" if variant.endswith("int8") else f"{start} float"
             ratio = np.array(times[variant]) / np.array(times[base])
             low, high = np.percentile(ratio, [25, 75])
             row = {

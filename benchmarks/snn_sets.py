@@ -14,7 +14,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("EDGEKIT_DATA") or ROOT.parent / "shared" / "data") / "datasets"
 
-EPOCHS = {"mnist": 2, "mnist_max": 2, "cifar10_jpeg": 8, "fsdd": 30}
+EPOCHS = {"mnist": 2, "mnist_max": 2, "cifar10_jpeg": 8, "fsdd": 60}
 """Of the float networks."""
 
 

@@ -45,4 +45,5 @@ def build() -> nn.Module:
         nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Flatten(),
         nn.Linear(16 * 36, 4),
     )  # fmt: skip
-    return Frames(net).eval()
+    model: nn.Module = Frames(net)
+    return model.eval()

@@ -12,6 +12,7 @@ import binary_host_docs
 import binary_net_docs
 import firmware_docs
 import lowrank_docs
+import snn_docs
 
 from edgekit.files import write_whole
 
@@ -362,6 +363,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "lowrank_latency": lowrank_docs.latencies,
     "binary": binary_net_docs.networks,
     "binary_encoder": binary_net_docs.encoder,
+    "snn": snn_docs.section,
 }
 
 

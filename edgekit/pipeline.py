@@ -392,7 +392,7 @@ def _require(targets: Sequence[Target]) -> None:
             raise MissingTool(f"target {target.name}: {missing}{remedy}")
 
 
-_LEARNED = ("adaround", "brecq")
+_LEARNED = ("adaround", "brecq", "qcfs", "train", "auto")
 """Methods of ``ptq`` that learn, where its ``device`` says."""
 
 
@@ -403,7 +403,9 @@ def device_notes(settings: Recipe, device: str | None) -> list[str]:
         check_device(wanted)
     learns = [b for b in settings.compress if b.kind in ("qat", "repair") or getattr(b.settings, "method", "") in _LEARNED]
     if "cuda" in (device, *asked.values()) and not learns:
-        return ["device cuda is not used: only qat, repair and the methods adaround and brecq of ptq learn on it"]
+        return [
+            "device cuda is not used: only qat, repair, spiking training and the methods adaround and brecq of ptq learn on it"
+        ]
     return []
 
 

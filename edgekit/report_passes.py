@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from edgekit import front_chart
+from edgekit import front_chart, steps_chart
 from edgekit.recipe import SETTINGS
 
 __all__ = ["flat", "passes_of"]
@@ -29,7 +29,8 @@ def passes_of(record: Any) -> list[dict[str, Any]]:
                 tables.append({"title": key, "heads": heads, "rows": [[_plain(row.get(h, "")) for h in heads] for row in rows]})
             else:
                 facts += _changed(title, value) if key == "settings" else flat({key: value})
-        passes.append({"title": title, "facts": facts, "tables": tables, "notes": notes, "front": front})
+        curves = steps_chart.drawings(entry)
+        passes.append({"title": title, "facts": facts, "tables": tables, "notes": notes, "front": front, "curves": curves})
     return passes
 
 

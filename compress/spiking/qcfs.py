@@ -71,7 +71,7 @@ def as_spiking(ann: SpikingNet, graph: Graph, found: Survey, settings: Spiking) 
         neuron.amplitude = scale
         return neuron
 
-    net = unroll(graph, found, make, settings.steps)
+    net = unroll(graph, found, make, settings.steps, layered=settings.schedule == "layered")
     copy_parameters(ann.module, net.module)
     return net
 

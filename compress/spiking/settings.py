@@ -47,6 +47,9 @@ class Spiking:
             counts, exact, which no chip computes; ``auto``: average where the method trains, else count.
         allow: regular expressions (full match) of layers without a spiking form that may be computed on the mean over time;
             any other is an error.
+        schedule: ``streaming``: all layers take part in every step. ``layered``: a layer fires when all steps of the one before
+            are in, which makes a network trained by ``qcfs`` exact; its latency is ``steps`` for each layer, no simulator or
+            chip format takes it, and there is no early exit.
         levels: levels of the trained activation of ``qcfs``; ``steps`` if left out.
         neuron: of ``train``: integrate-and-fire, leaky, or leaky with a learned time constant.
         tau: time constant of leaky neurons, in steps.
@@ -82,6 +85,7 @@ class Spiking:
     weight_steps: Annotated[int, Field(ge=1)] = 200
     max_pool: Literal["auto", "average", "count"] = "auto"
     allow: tuple[str, ...] = ()
+    schedule: Literal["streaming", "layered"] = "streaming"
     levels: Annotated[int, Field(ge=1, le=255)] | None = None
     neuron: Literal["if", "lif", "plif"] = "if"
     tau: Annotated[float, Field(gt=1)] = 2.0
@@ -125,6 +129,8 @@ class Spiking:
             raise ValueError(f"{' and '.join(budget)}: a budget is for method auto; {self.method} runs `steps` steps")
         if self.method != "train" and (self.neuron != "if" or self.reset != "subtract" or self.stages):
             raise ValueError("neuron, reset and stages are for method train: a converted neuron integrates and subtracts")
+        if self.schedule == "layered" and (self.method in ("train", "auto") or self.early_exit is not None):
+            raise ValueError("schedule layered is for balance, calibrate and qcfs without early_exit")
         if self.frames and self.method != "train":
             raise ValueError("frames is for method train: a converted network gets a constant input")
         if self.rule == "sltt_k" and self.backward_steps > min((self.steps, *self.stages)):

@@ -60,7 +60,8 @@ def spiking(
     net = made.net
     found = course(net, judge.batches, lambda i, n: step("spiking network", i, n))
     made.figures |= _costs(net, found)
-    made.tables[f"{judge.what} by steps"] = curve(net, found, judge)
+    made.figures["judged by"] = judge.what
+    made.tables["by steps"] = curve(net, found, judge)
     if settings.early_exit is not None:
         from edgekit.compress.spiking.confidence import choose_exit
 
@@ -92,6 +93,8 @@ def make(graph: Graph, settings: Spiking, data: Data, progress: Progress) -> Mad
     maker = {"balance": _balance, "calibrate": _calibrate, "qcfs": _qcfs, "train": _train}[settings.method]
     made = maker(graph, found, settings, data, batch, progress)
     made.warnings += notes
+    if settings.schedule == "layered":
+        made.figures["latency in steps"] = settings.steps * len(found.sites)
     for x in found.left:
         made.tables.setdefault("not converted", []).append(
             {
@@ -144,7 +147,8 @@ def _balance(graph: Graph, found: Survey, settings: Spiking, data: Data, batch: 
 
 
 def _calibrate(graph: Graph, found: Survey, settings: Spiking, data: Data, batch: tuple[Tensor, ...], progress: Progress) -> Made:
-    net = unroll(graph, found, lambda _: Neuron(steps=settings.steps), settings.steps)
+    layered = settings.schedule == "layered"
+    net = unroll(graph, found, lambda _: Neuron(steps=settings.steps), settings.steps, layered=layered)
     progress("calibrate", 0, 1)
     layers = calibrate(net, graph, batch, settings)
     progress("calibrate", 1, 1)
@@ -211,7 +215,7 @@ def _train(graph: Graph, found: Survey, settings: Spiking, data: Data, batch: tu
     def note(at: SpikingNet) -> None:
         at.run(at.steps)
         score = judge.score(torch.cat([outputs(at, b) for b in judge.batches]))
-        stages.append({"steps": at.steps, judge.what: round(score, 3)})
+        stages.append({"steps": at.steps, "score": round(score, 3)})
 
     net = shorten(net, _training(data), settings, note, lambda i, n: progress("train spiking network", i, n))
     made = Made(net, _layers_of(net))

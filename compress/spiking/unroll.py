@@ -56,15 +56,30 @@ class SpikingNet:
         set_steps(self.module, steps)
 
 
-def unroll(graph: Graph, found: Survey, make: Callable[[Site], nn.Module], steps: int, *, frames: bool = False) -> SpikingNet:
-    """The graph over ``steps`` steps, with ``make(site)`` in the place of each rectifier; parameters are copied."""
-    builder = _Unroller(graph, found, make, steps, frames)
+def unroll(
+    graph: Graph,
+    found: Survey,
+    make: Callable[[Site], nn.Module],
+    steps: int,
+    *,
+    frames: bool = False,
+    layered: bool = False,
+) -> SpikingNet:
+    """The graph over ``steps`` steps, with ``make(site)`` in the place of each rectifier; parameters are copied.
+
+    Args:
+        layered: neurons get the mean over time of their current at every step: the layer before has run all its steps.
+    """
+    builder = _Unroller(graph, found, make, steps, frames, layered)
     module = builder.build()
     return SpikingNet(module, builder.sites, builder.names, graph.sample, graph.sources, steps, tuple(builder.decoded), frames)
 
 
 class _Unroller:
-    def __init__(self, graph: Graph, found: Survey, make: Callable[[Site], nn.Module], steps: int, frames: bool) -> None:
+    def __init__(
+        self, graph: Graph, found: Survey, make: Callable[[Site], nn.Module], steps: int, frames: bool, layered: bool
+    ) -> None:
+        self.layered = layered
         self.graph, self.make, self.steps, self.frames = graph, make, steps, frames
         self.site_of = {s.node: s for s in found.sites}
         self.refused = {x.node for x in found.left}
@@ -91,7 +106,10 @@ class _Unroller:
                 self._site(node, self.site_of[node.name])
             else:
                 self._operator(node)
-        return fx.GraphModule(self.root, self.out)
+        module = fx.GraphModule(self.root, self.out)
+        module.graph.eliminate_dead_code()  # what a fold of frames has replaced
+        module.recompile()
+        return module
 
     def _copy_tensor(self, node: fx.Node) -> None:
         *path, leaf = str(node.target).split(".")
@@ -131,7 +149,10 @@ class _Unroller:
     def _site(self, node: fx.Node, site: Site) -> None:
         x = node.args[0]
         assert isinstance(x, fx.Node)
-        made = self._call("neurons", self.make(site), self._over_time(x))
+        current = self._over_time(x)
+        if self.layered and x in self.sequence and x not in self.constant:
+            current = self._call("repeat", Repeat(self.steps), self._constant(x))
+        made = self._call("neurons", self.make(site), current)
         self.sites[str(made.target)] = site
         self.names[made.name] = site.name
         self.sequence[node] = made

@@ -238,6 +238,25 @@ def test_trained_staircases_convert_at_their_number_of_levels() -> None:
     assert made.figures["levels"] == 8
 
 
+def test_a_layered_schedule_is_exact() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(200, 1, 6, 6).round()  # many equal values: neurons fire together
+    y = (x.sum((1, 2, 3)) > 18).long()
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2)
+    )
+    data = Data(calibration=x[:64], evaluation=(x, y), training=(x, y))
+    settings = {"method": "qcfs", "steps": 4, "epochs": 4, "learning_rate": 5e-3, "correct": "none"}
+    exact = network(model, data, schedule="layered", **settings)
+    assert exact.figures["same class as it %"] == 100 and exact.figures["latency in steps"] == 8
+    made = apply(model, [Block("spiking", Spiking(schedule="layered", **settings))], data)  # type: ignore[arg-type]
+    (frozen,) = made.program.run(x[:10])
+    with torch.no_grad():
+        assert torch.equal(made.simulation(x[:10]), frozen)
+    with pytest.raises(ValueError, match="schedule layered is for"):
+        Spiking(method="train", schedule="layered")
+
+
 def test_correction_brings_the_means_together() -> None:
     model, data = trained(Residual())
     for how in ("bias", "membrane"):

@@ -291,7 +291,10 @@ def test_cuda_that_is_not_there_or_not_used(tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as there:
         there.setattr(torch.cuda, "is_available", lambda: True)
         (note,) = pipeline.device_notes(recipes.load(recipe), "cuda")
-        assert note == "device cuda is not used: only qat, repair and the methods adaround and brecq of ptq learn on it"
+        assert (
+            note
+            == "device cuda is not used: only qat, repair, spiking training and the methods adaround and brecq of ptq learn on it"
+        )
         assert pipeline.device_notes(recipes.load(trained), "cuda") == []
     with pytest.raises(EdgekitError, match="device 'tpu': expected cpu or cuda"):
         pipeline.compress(recipe, tmp_path / "run", device="tpu")

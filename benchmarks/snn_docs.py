@@ -43,6 +43,7 @@ because of one spike; MACs are what else is multiplied (an analogue first layer,
 
 
 def _bound(value: float, bound: float, least: bool) -> str:
+    value = round(value, 6)
     met = value >= bound if least else value <= bound
     text = f"(at {'least' if least else 'most'} {bound:g})"
     return f"{value:.2f} {text if met else f'**{text}**'}"

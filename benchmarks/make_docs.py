@@ -10,6 +10,7 @@ from typing import Any
 import binary_docs
 import binary_host_docs
 import binary_net_docs
+import costs_docs
 import firmware_docs
 import lowrank_docs
 import snn_docs
@@ -364,6 +365,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "binary": binary_net_docs.networks,
     "binary_encoder": binary_net_docs.encoder,
     "snn": snn_docs.section,
+    "costs": costs_docs.costs,
 }
 
 

@@ -170,7 +170,7 @@ def test_only_what_the_target_stores_is_chosen() -> None:
     assert {n: w.bits for n, w in plan.weights.items()} == {"features.0": 4, "features.3": 4, "features.6": 4, "head.3": 2}
 
 
-@pytest.mark.skipif("tflite" not in costs.targets(), reason="the table comes with the next commit")
+@pytest.mark.skipif("tflite" not in costs.targets(), reason="no table of hosts: run benchmarks/costs.py on a quiet machine")
 def test_a_cost_that_bits_cannot_reach_is_said() -> None:
     with pytest.raises(InputError, match="bits alone do not make this target faster"):
         mixed(Modules, instructions=0.5, target="cortex-m4")

@@ -14,8 +14,8 @@ def costs(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "## Predicted cost and size",
         "",
-        "`edgekit predict` costs a recipe by tables of single operators, before anything is compressed. Here are whole networks that the",
-        "tables were not made from: the error of the predicted cost, and of the predicted size, in percent of what was then measured.",
+        "`edgekit predict` costs a recipe by tables of single operators, before anything is compressed. Here are whole networks",
+        "that no table was made from: the error of the predicted cost, and of the predicted size, in percent of what was measured.",
         "",
         f"| target | unit | weights | {' | '.join(models)} |",
         f"|---|---|---|{'---|' * len(models)}",

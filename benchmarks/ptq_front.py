@@ -45,6 +45,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "brecq, qdrop, pd, dc": (BRECQ, {"prediction": 1.0, "correction_steps": 50}),
     "brecq, qdrop, flip": (BRECQ, {"augment": "flip"}),
     "brecq, qdrop, cutmix": (BRECQ, {"augment": "cutmix"}),
+    "brecq, qdrop, metaaug": (BRECQ, {"augment": "meta"}),
 }
 BOUNDS = {
     ("resnet20", "W4A8"): 91.9, ("resnet8", "W4A8"): 87.1, ("dscnn", "W4A8"): 91.5,

@@ -151,9 +151,23 @@ class Engine:
         generator = torch.Generator().manual_seed(self.settings.seed)
         values, learned = self.store[f"f:{names[0]}"], count - self.held_out
         held = values.rows(slice(learned, count))
-        values.write(learned, augmented(values.rows(slice(0, learned)), self.how.augment, generator))
+        own = values.rows(slice(0, learned))
+        moved = self._moved(own, generator) if self.how.augment == "meta" else augmented(own, self.how.augment, generator)
+        values.write(learned, moved)
         values.write(2 * learned, held)
         return learned
+
+    def _moved(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Images by a transformation that is learned on them."""
+        from edgekit.compress.ptq.meta_augment import train_transform
+
+        if x.dim() != 4 or not x.is_floating_point():
+            raise DataError(f"augment: meta takes float images (N, C, H, W), the calibration samples have shape {tuple(x.shape)}")
+        with torch.enable_grad():
+            how = self.how
+            transform = train_transform(self.graph, self.plan, x, how.meta, how.rounding, how.temperature, generator)
+        with torch.no_grad():
+            return torch.cat([transform(part) for part in torch.split(x, _PASS)])
 
     def _predict(self, names: Sequence[str]) -> None:
         """Keep what the float model says."""

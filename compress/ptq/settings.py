@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
 
-__all__ = ["PTQ", "QAT", "Mixed", "Quantization", "Reconstruct", "WeightType", "bits_of", "stored_bits"]
+__all__ = ["PTQ", "QAT", "Meta", "Mixed", "Quantization", "Reconstruct", "WeightType", "bits_of", "stored_bits"]
 
 _FORBID = ConfigDict(extra="forbid")
 
@@ -80,6 +80,33 @@ class Quantization:
 
 
 @dataclass(frozen=True, config=_FORBID, kw_only=True)
+class Meta:
+    """How ``augment: meta`` trains its transformation of images before reconstruction (MetaAug, Pham et al. 2024).
+
+    Attributes:
+        steps: of the transformation's optimizer; each runs the whole model several times and differentiates twice.
+        batch_size: images that are moved, and as many others that judge, in a step.
+        learning_rate: of the transformation (Adam, gradients clipped to a norm of 0.1).
+        rate: length of the student's own step for rounding gates and biases.
+        scale_rate: likewise for the logarithms of activation scales.
+        validation: weight of the prediction difference after the student's step.
+        margin: weight of what keeps the transformation from being the identity.
+        eps: mean squared change beyond which that is 0, in units of the images' variance.
+        relations: weight of what keeps images as similar to each other as they were, to the float model.
+    """
+
+    steps: Annotated[int, Field(ge=1)] = 100
+    batch_size: Annotated[int, Field(ge=2)] = 32
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    rate: Annotated[float, Field(ge=0)] = 1e-2
+    scale_rate: Annotated[float, Field(ge=0)] = 1e-3
+    validation: Annotated[float, Field(ge=0)] = 5.0
+    margin: Annotated[float, Field(ge=0)] = 0.5
+    eps: Annotated[float, Field(ge=0)] = 0.1
+    relations: Annotated[float, Field(ge=0)] = 1000.0
+
+
+@dataclass(frozen=True, config=_FORBID, kw_only=True)
 class Reconstruct:
     """How ``method: adaround`` and ``method: brecq`` learn: each layer or block by gradient on its own output's error.
 
@@ -99,7 +126,9 @@ class Reconstruct:
         correction_steps: steps that move a block's float inputs towards the statistics of its batch norms (PD-Quant's
             distribution correction), for each batch; 0: none.
         correction_anchor: how little they may move: smaller holds them closer.
-        augment: add as many changed samples to those that are learned from: ``flip`` (mirrored), ``mixup``, ``cutmix``.
+        augment: add as many changed samples to those that are learned from: ``flip`` (mirrored), ``mixup``, ``cutmix``,
+            or ``meta``, by a transformation that is learned for it.
+        meta: how ``augment: meta`` learns.
         memory_mb: memory for cached inputs and outputs of blocks; what is more is mapped from temporary files.
     """
 
@@ -115,7 +144,8 @@ class Reconstruct:
     search_scales: bool = False
     correction_steps: Annotated[int, Field(ge=0)] = 0
     correction_anchor: Annotated[float, Field(gt=0)] = 0.02
-    augment: Literal["none", "flip", "mixup", "cutmix"] = "none"
+    augment: Literal["none", "flip", "mixup", "cutmix", "meta"] = "none"
+    meta: Meta = Field(default_factory=Meta)
     memory_mb: Annotated[int, Field(ge=1)] = 1024
 
 

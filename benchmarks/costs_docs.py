@@ -15,7 +15,7 @@ def costs(rows: Sequence[Mapping[str, Any]]) -> str:
         "## Predicted cost and size",
         "",
         "`edgekit predict` costs a recipe by tables of single operators, before anything is compressed. Here are whole networks",
-        "that no table was made from: the error of the predicted cost, and of the predicted size, in percent of what was measured.",
+        "that no table was made from: the error of the predicted cost, and of the predicted size, in percent of the measured.",
         "",
         f"| target | unit | weights | {' | '.join(models)} |",
         f"|---|---|---|{'---|' * len(models)}",

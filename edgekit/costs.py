@@ -18,7 +18,20 @@ from typing import Any
 
 from edgekit.errors import FormatError, InputError
 
-__all__ = ["FLOAT", "STORED", "TABLES", "WEIGHTED", "Table", "Work", "size_terms", "stored_bits", "table", "targets", "terms"]
+__all__ = [
+    "FLOAT",
+    "STORED",
+    "TABLES",
+    "WEIGHTED",
+    "Table",
+    "Work",
+    "size_terms",
+    "stored_bits",
+    "table",
+    "targets",
+    "terms",
+    "weight_bytes",
+]
 
 FLOAT = 32
 """Bits of what is computed in float."""

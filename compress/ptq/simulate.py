@@ -24,7 +24,7 @@ from edgekit.compress.ptq.units import Unit
 from edgekit.frozen.dynamic_ops import DYNAMIC_OPS, dynamic_linear, weight_only_linear
 from edgekit.frozen.ops import activation_bounds
 
-__all__ = ["FakeQuantize", "SignedLayer", "WeightedLayer", "layer_of", "simulate", "taps"]
+__all__ = ["DynamicLayer", "FakeQuantize", "SignedLayer", "WeightedLayer", "layer_of", "simulate", "taps"]
 
 
 class FakeQuantize(nn.Module):

@@ -1,4 +1,5 @@
-"""NIR files on simulators and chips, spike by spike: python benchmarks/snn_simulators.py [--parts ...] [--samples 60]
+"""NIR files on simulators and chips, spike by spike:
+python benchmarks/snn_simulators.py [--parts ...] [--samples 60] [--simulators nest ...]
 
 Needs every simulator: for n in spikingjelly snntorch norse sinabs nest xylosim lava neurobench; do edgekit setup-sim $n; done
 Networks are trained here on scikit-learn's digits (tests/digit_snns.py). Rows of parts that are not run stay as they were.
@@ -31,6 +32,7 @@ from neuromorphic_nets import conv_net, cuba_net, lif_net, nir, recurrent_net
 from edgekit import nir as files
 from edgekit.devices import sim, simulators
 from edgekit.errors import UnsupportedError
+from edgekit.targets.neuromorphic import to_loihi2, to_xylo
 from edgekit.targets.neuromorphic.figures import count
 
 Row = dict[str, Any]
@@ -41,12 +43,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--samples", type=int, default=60)
+    parser.add_argument("--simulators", nargs="+", choices=FRAMEWORKS, default=list(FRAMEWORKS))
     parser.add_argument("--rounds", type=int, default=30)
     given = parser.parse_args()
     rows = [{"part": part, **row} for part in given.parts for row in PARTS[part](given)]
-    write("snn_simulators", rows, NOTES, keep=True, key=("part", "network", "simulator"))
+    write("snn_simulators", rows, NOTES, keep=True, key=("part", "network", "simulator"), whole=WHOLE)
 
 
+WHOLE = "python benchmarks/snn_simulators.py"
 NOTES = (
     "Agreement: values of all rasters (steps x samples x neurons, every layer) that differ from edgekit's float64 interpreter.",
     "Chips: xylosim and lava are given the very numbers that edgekit's integer references run.",
@@ -73,7 +77,7 @@ def agreement(given: argparse.Namespace) -> list[Row]:
         "CubaLIF, hard reset": (cuba_net(), flat),
         "recurrent LIF with a skip": (recurrent_net(), flat),
     }
-    return [_agreement(name, simulator, *net) for name, net in networks.items() for simulator in FRAMEWORKS]
+    return [_agreement(name, simulator, *net) for name, net in networks.items() for simulator in given.simulators]
 
 
 def _agreement(name: str, simulator: str, graph: Any, spikes: np.ndarray) -> Row:
@@ -103,18 +107,21 @@ def chips(given: argparse.Namespace) -> list[Row]:
     for name, (make, chip, vendor) in cases.items():
         log(f"{name} on {chip} and {vendor}")
         net = make()
-        spikes = np.concatenate([net.calibration, net.spikes[:, : len(net.calibration[0])]], axis=1)
-        judged = slice(net.calibration.shape[1], None)
-        labels = net.labels[: spikes.shape[1] - net.calibration.shape[1]]
-        found = sim.run(chip, net.graph, spikes)
-        float_, own = (_accuracy(r["last"][:, judged], labels) for r in (found.expected, found.spikes))
-        few = spikes[:, : given.samples]
-        theirs = sim.run(vendor, net.graph, few)
+        spikes = net.spikes.astype(np.float64)
+        expected = files.interpret(net.graph, spikes, record=("last",)).values["last"]
+        if chip == "xylo":
+            xylo = to_xylo.quantize(net.graph, net.calibration)
+            own, notes = to_xylo.rasters(xylo.network, xylo.places, net.spikes)["last"], xylo.notes
+        else:
+            loihi = to_loihi2.quantize(net.graph, net.calibration)
+            own, notes = to_loihi2.rasters(loihi.layers, net.spikes)["last"], loihi.notes
+        theirs = sim.run(vendor, net.graph, net.spikes[:, : given.samples])
         pairs = [(theirs.spikes[layer], theirs.expected[layer]) for layer in theirs.spikes]
         rows.append({
-            "network": name, "simulator": chip, "accuracy_float": float_, "accuracy_chip": own, "samples": len(labels),
-            "vendor": f"{vendor} {theirs.version}", "differing": int(sum((a != b).sum() for a, b in pairs)),
-            "values": int(sum(a.size for a, _ in pairs)), "chosen": list(found.notes),
+            "network": name, "simulator": chip, "accuracy_float": _accuracy(expected, net.labels),
+            "accuracy_chip": _accuracy(own, net.labels), "samples": len(net.labels), "vendor": f"{vendor} {theirs.version}",
+            "differing": int(sum((a != b).sum() for a, b in pairs)), "values": int(sum(a.size for a, _ in pairs)),
+            "remarks": list(notes),
         })  # fmt: skip
     return rows
 

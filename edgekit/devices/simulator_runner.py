@@ -289,7 +289,8 @@ def _one_sample(engine: Any, settings: dict[str, Any], arrays: Arrays, spikes: A
         raster = np.zeros((steps + last, len(nodes[layer["name"]])), np.int16)
         times = np.rint(events["times"]).astype(int) - 1
         kept = (times >= layer["lag"]) & (times < steps + layer["lag"])
-        np.add.at(raster, (times[kept], events["senders"][kept] - first), 1)
+        senders = np.asarray(events["senders"], int)  # of a silent layer it is an empty array of floats
+        np.add.at(raster, (times[kept], senders[kept] - first), 1)
         rasters[layer["name"]] = raster
     return rasters
 

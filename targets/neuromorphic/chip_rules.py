@@ -55,7 +55,14 @@ def check(graph: Any, name: str) -> Fit:
     used: dict[str, tuple[int, int]] = {}
     cores: dict[str, int] = {}
     breaches = [*_neurons(found, net), *_KINDS[found.kind](found, net, used, cores)]
-    return Fit(name, found.title, used, tuple(breaches), cores, found.notes)
+    bits = [f"{what} to {found.limits[key].value} bits" for what, key in _ROUNDED.items() if key in found.limits]
+    rounded = (
+        f"the chip rounds {' and '.join(bits)}; `edgekit verify --device sim:...` says what that costs, where there is a model"
+    )
+    return Fit(name, found.title, used, tuple(breaches), cores, (*found.notes, rounded))
+
+
+_ROUNDED = {"weights": "weight_bits", "states": "state_bits"}
 
 
 def _neurons(found: Chip, net: Network) -> Iterator[Breach]:

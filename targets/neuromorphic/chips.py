@@ -96,7 +96,6 @@ def _dynapcnn(name: str, title: str, confirmed: bool, *notes: str) -> Chip:
         "channels": Limit(1024, _SPECK, confirmed),
         "weight_bits": Limit(8, _SINABS, confirmed),
         "state_bits": Limit(16, _SINABS, confirmed),
-        "destinations": Limit(2, "sinabs 3.1.3, DynapcnnLayer: destinations of a core", False),
         "input_side": Limit(128, "sinabs 3.1.3, DVSLayer: the camera's 128 x 128", confirmed),
     }
     sizes = [(16, 64)] * 3 + [(32, 32)] * 2 + [(64, 16)] * 2 + [(16, 16)] * 2

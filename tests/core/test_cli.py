@@ -60,7 +60,7 @@ def process(*args: object, **environment: str) -> subprocess.CompletedProcess[st
 def test_every_verb_is_there_with_its_common_options() -> None:
     code, text = call("--help")
     verbs = {"init", "doctor", "targets", "describe", "compress", "export", "verify", "run", "report", "profile"}
-    verbs |= {"analyze", "attack", "compare", "deploy", "import", "predict", "setup-sim"}
+    verbs |= {"analyze", "attack", "compare", "deploy", "import", "predict", "setup-sim", "step"}
     assert code == 0 and {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback} == verbs
     assert all(verb in text for verb in verbs)
     for verb in verbs:

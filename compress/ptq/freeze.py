@@ -149,6 +149,11 @@ class _Builder:
         kind, buffers = unit.kind, dict[str, Tensor]()
         if unit.weight is not None:
             w = self.plan.weights[unit.name]
+            if w.zero is not None and w.zero.any():
+                raise ModelError(
+                    f"layer {unit.name}: its weights have zero points (asymmetric_weights), which no target's kernels take; that "
+                    "setting is for simulation (quantize and simulate in Python), take it out to freeze"
+                )
             bias = bias_integers(w.bias, ins[0].scale, w.scale, unit.name)
             buffers = {"weight": w.integers, "weight_scale": w.scale, "bias": bias}
             attributes |= {**_from(ins[0]), **to, "activation": unit.activation, "weight_bits": w.bits, "out_bits": out.bits}

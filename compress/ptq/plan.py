@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from edgekit.compress.capture import Graph
 from edgekit.compress.ptq.binary_units import SIGNS
 from edgekit.compress.ptq.observers import ActQ, Observer, choose_range, narrowed, quantization_of
-from edgekit.compress.ptq.settings import Quantization, bits_of, stored_bits
+from edgekit.compress.ptq.settings import PTQ, Quantization, bits_of, stored_bits
 from edgekit.compress.ptq.sharing import eight_bit_inputs, few_bits, fixed_activations, groups
 from edgekit.compress.ptq.units import Unit, weight_of
 from edgekit.errors import DataError
@@ -49,12 +49,32 @@ _MAX_BIAS = {8: 1 << 20, 16: 1 << 30}
 
 @dataclass(frozen=True)
 class WeightQ:
-    """A weighted layer's integers: ``weight ~ scale[c] * integers``; ``bias`` stays real (float64) until it is frozen."""
+    """A weighted layer's integers: ``weight ~ scale[c] * (integers - zero[c])``; ``bias`` stays real (float64) till it is frozen.
+
+    ``zero`` is None for zero points of 0, the only ones that can be frozen.
+    """
 
     integers: Tensor
     scale: Tensor
     bits: int
     bias: Tensor
+    zero: Tensor | None = None
+
+    @property
+    def real(self) -> Tensor:
+        """The weight that the integers stand for, float64."""
+        shape = (-1, *[1] * (self.integers.dim() - 1))
+        shifted = self.integers.double() if self.zero is None else self.integers.double() - self.zero.double().view(shape)
+        return shifted * self.scale.double().view(shape)
+
+    @property
+    def bounds(self) -> tuple[Tensor | int, Tensor | int]:
+        """Least and greatest ``integers - zero``: one number each, or one for each channel."""
+        if self.zero is None:
+            limit = (1 << (self.bits - 1)) - 1
+            return -limit, limit
+        shaped = self.zero.view(-1, *[1] * (self.integers.dim() - 1)).float()
+        return -(1 << (self.bits - 1)) - shaped, (1 << (self.bits - 1)) - 1 - shaped
 
 
 @dataclass(frozen=True)
@@ -110,11 +130,25 @@ def make_plan(
         if (ternary := _ternary(weight, bias, least)) is not None:
             weights[unit.name] = ternary
             continue
+        if isinstance(settings, PTQ) and settings.asymmetric_weights:
+            weights[unit.name] = _asymmetric(weight, bias, bits[unit.name], least)
+            continue
         scale = torch.maximum(weight_scale(weight, bits[unit.name], settings), least)
         weights[unit.name] = WeightQ(quantize_weight(weight, scale, bits[unit.name]), scale, bits[unit.name], bias.double())
         if not weight.any():
             warnings.append(f"layer {unit.name}: all weights are zero")
     return Plan(units, activations, weights, unquantized, tuple(warnings))
+
+
+def _asymmetric(weight: Tensor, bias: Tensor, bits: int, least: Tensor) -> WeightQ:
+    """Each channel's own range, with 0 in it, on all ``2^bits`` levels; for research."""
+    flat = weight.detach().flatten(1)
+    low, high = flat.amin(1).clamp(max=0), flat.amax(1).clamp(min=0)
+    bottom, top = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    scale = torch.maximum(((high - low) / (top - bottom)).clamp(min=1e-9), least)
+    zero = torch.round(bottom - low / scale).clamp(bottom, top)
+    q = torch.round(flat / scale.view(-1, 1)).add(zero.view(-1, 1)).clamp(bottom, top)
+    return WeightQ(q.view(weight.shape).to(torch.int8), scale, bits, bias.double(), zero.to(torch.int32))
 
 
 def _ternary(weight: Tensor, bias: Tensor, least: Tensor) -> WeightQ | None:

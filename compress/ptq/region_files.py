@@ -26,6 +26,7 @@ def write_region(
     tensors = {"figures": torch.tensor(figures, dtype=torch.float64)}
     for i, w in enumerate(weights.values()):
         tensors |= {f"{i}.integers": w.integers, f"{i}.scale": w.scale, f"{i}.bias": w.bias}
+        tensors |= {} if w.zero is None else {f"{i}.zero": w.zero}
     about = {
         "bits": {name: w.bits for name, w in weights.items()},
         "activations": {name: [q.scale, q.zero_point, q.bits] for name, q in activations.items()},
@@ -45,7 +46,7 @@ def read_region(path: Path, layers: Sequence[str]) -> Found | None:
         if list(about["bits"]) != list(layers):
             return None
         weights = {
-            name: WeightQ(tensors[f"{i}.integers"], tensors[f"{i}.scale"], bits, tensors[f"{i}.bias"])
+            name: WeightQ(tensors[f"{i}.integers"], tensors[f"{i}.scale"], bits, tensors[f"{i}.bias"], tensors.get(f"{i}.zero"))
             for i, (name, bits) in enumerate(about["bits"].items())
         }
         before, after, learned = tensors["figures"].tolist()

@@ -207,6 +207,8 @@ class PTQ(Quantization):
         learned_round_steps: optimizer steps of ``learned_round`` for each layer.
         reconstruct: settings of ``adaround`` and ``brecq``.
         mixed: choose the bits of each layer's weights instead of ``weights``; ``scopes`` and ``keep_first_last_8bit`` go before.
+        asymmetric_weights: weights have zero points, as in much of the literature. For research, in simulation: no target's
+            kernels take them, so freezing refuses.
         device: "cpu" or "cuda": where ``adaround`` and ``brecq`` learn.
     """
 
@@ -217,9 +219,12 @@ class PTQ(Quantization):
     learned_round_steps: Annotated[int, Field(ge=1)] = 200
     reconstruct: Reconstruct = Field(default_factory=Reconstruct)
     mixed: Mixed | None = None
+    asymmetric_weights: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
+        if self.asymmetric_weights and self.method not in ("nearest", "adaround", "brecq"):
+            raise ValueError(f"asymmetric_weights goes with nearest, adaround and brecq, found method {self.method}")
         if self.activations not in ("dynamic", "float"):
             if self.group_size is not None:
                 raise ValueError(

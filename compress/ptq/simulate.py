@@ -121,10 +121,9 @@ class DynamicLayer(nn.Module):
 def layer_of(unit: Unit, plan: Plan) -> nn.Module:
     """A weighted unit with its weights and bias at their grids."""
     w, x = plan.weights[unit.name], plan.activations[unit.inputs[0].name]
-    shape = (-1, *[1] * (w.integers.dim() - 1))
     step = w.scale.double() * x.scale
     bias = bias_integers(w.bias, x.scale, w.scale, unit.name).double() * step
-    return WeightedLayer(unit, (w.integers.double() * w.scale.double().view(shape)).float(), bias.float())
+    return WeightedLayer(unit, w.real.float(), bias.float())
 
 
 def simulate(

@@ -31,9 +31,11 @@ class SoftLayer(nn.Module):
     def __init__(self, unit: Unit, weight: Tensor, w: WeightQ) -> None:
         super().__init__()
         self.layer = WeightedLayer(unit, torch.empty(0), torch.empty(0))
-        self.limit = (1 << (w.bits - 1)) - 1
+        bounds: tuple[Any, Any] = w.bounds
+        self.low, self.high = bounds
+        self.zero = w.zero
         scale = w.scale.view(-1, *[1] * (weight.dim() - 1))
-        floor = torch.floor(weight / scale).clamp(-self.limit, self.limit)
+        floor = torch.floor(weight / scale).clamp(self.low, self.high)
         rest = (weight / scale - floor).clamp(0.0, 1.0)
         layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
         self.register_buffer("scale", scale.clone())
@@ -47,12 +49,14 @@ class SoftLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W) for a conv, (..., features) for a linear."""
-        weight: Tensor = (self.floor + self.up()).clamp(-self.limit, self.limit) * self.scale  # type: ignore[operator]
+        weight: Tensor = (self.floor + self.up()).clamp(self.low, self.high) * self.scale  # type: ignore[operator]
         return self.layer.compute(x, weight, self.bias)
 
     def integers(self) -> Tensor:
         """The weights rounded to where their gates lean, int8."""
-        found: Tensor = (self.floor + (self.gate.detach() >= 0)).clamp(-self.limit, self.limit)  # type: ignore[operator]
+        found: Tensor = (self.floor + (self.gate.detach() >= 0)).clamp(self.low, self.high)  # type: ignore[operator]
+        if self.zero is not None:
+            found = found + self.zero.view(-1, *[1] * (found.dim() - 1))
         return found.to(torch.int8).contiguous()
 
 

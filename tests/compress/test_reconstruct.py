@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from float_models import SHAPES, Encoder, Functional, Modules, PreActivation, build, related
+from pydantic import ValidationError
 from torch import nn
 
 from edgekit.compress.capture import Graph, capture
@@ -21,9 +22,9 @@ from edgekit.compress.ptq.sample_store import Store
 from edgekit.compress.ptq.settings import Reconstruct
 from edgekit.compress.ptq.simulate import FakeQuantize, simulate
 from edgekit.compress.ptq.soft import Chances, LearnedActivation, SoftLayer, rounding_loss
-from edgekit.compress.ptq.units import Unit, find_units
+from edgekit.compress.ptq.units import Unit, find_units, weight_of
 from edgekit.data import Data
-from edgekit.errors import DataError
+from edgekit.errors import DataError, ModelError
 
 FOUR = {"weights": "int4", "keep_first_last_8bit": False, "observer": "minmax"}
 
@@ -244,3 +245,25 @@ def test_few_bits_are_exact_in_every_file(target: str, tmp_path: Path) -> None:
     (found,) = module.run(tmp_path / f"model{module.SUFFIX}", [x.numpy()])
     step = plan.activations[plan.units[-1].output.name].scale
     assert float((torch.from_numpy(found) - program.run(x)[0]).abs().max()) <= 1.01 * step
+
+
+@pytest.mark.parametrize("method", ["nearest", "brecq"])
+def test_asymmetric_weights_in_simulation_and_refused_when_frozen(method: str, tmp_path: Path) -> None:
+    graph, x = ready(Modules)
+    how = {"method": method, "asymmetric_weights": True, **FOUR, "reconstruct": Reconstruct(steps=5)}
+    plan = quantize(graph, PTQ(**how), Data(x), folder=tmp_path)[1]
+    again = quantize(graph, PTQ(**how), Data(x), folder=tmp_path)[1]
+    for unit in plan.units:
+        if unit.weight is None:
+            continue
+        w, real = plan.weights[unit.name], weight_of(graph, unit)[0]
+        assert w.zero is not None and w.zero.any() and int(w.integers.min()) >= -8 and int(w.integers.max()) <= 7
+        shaped = w.scale.view(-1, *[1] * (real.dim() - 1))
+        assert float(((w.real.float() - real) / shaped).abs().max()) <= (0.51 if method == "nearest" else 1.01)
+        assert torch.equal(w.integers, again.weights[unit.name].integers) and torch.equal(w.zero, again.weights[unit.name].zero)
+    layers = [m for m in simulate(graph, plan).modules() if hasattr(m, "unit_name")]
+    assert layers and all(torch.equal(m.weight, plan.weights[m.unit_name].real.float()) for m in layers)
+    with pytest.raises(ModelError, match="asymmetric_weights"):
+        freeze(graph, plan)
+    with pytest.raises(ValidationError, match="goes with nearest"):
+        PTQ(asymmetric_weights=True, method="gptq")

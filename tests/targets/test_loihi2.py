@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import chip_nets
@@ -14,6 +16,8 @@ from edgekit.devices.simulation import simulate
 from edgekit.errors import InputError
 from edgekit.targets.neuromorphic import loihi2
 from edgekit.targets.neuromorphic.loihi2 import LoihiLayer
+
+DATA = Path(os.environ.get("EDGEKIT_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
 
 
 def left(x: int, decay: int) -> int:
@@ -89,3 +93,19 @@ def test_the_recording_is_what_lava_answers() -> None:
     found = simulate("lava", {"layers": [{name: getattr(layer, name) for name in names} for layer in layers]}, arrays)
     for layer, trace in zip(layers, loihi2.run(layers, spikes[:, :1]), strict=True):
         assert np.array_equal(found.spikes[layer.name], trace.spikes) and found.lag[layer.name] == trace.lag
+
+
+def test_the_trace_of_the_nir_paper_is_reproduced() -> None:
+    """A neuron on Loihi as the NIR paper recorded it (lava, fixed point): every spike, and the membrane in every step.
+
+    In the step of a spike the record holds the chip's mark of a refractory neuron (2 << 6), where the reset membrane is 0 here.
+    """
+    path = DATA / "neuromorphic" / "nir_paper" / "lif_lava_loihi_fixed.csv"
+    if not path.is_file():
+        pytest.skip("the NIR paper's files are not here; set EDGEKIT_DATA")
+    sent, membrane, fired = np.loadtxt(path, delimiter=",").T
+    layer = LoihiLayer("neuron", np.array([[10]], np.int16), np.zeros(1, np.int16), threshold=25, dv=163)
+    (trace,) = loihi2.run([layer], sent.astype(int)[:, None, None])
+    spikes, v = trace.spikes[: len(sent), 0, 0], trace.v[: len(sent), 0, 0]
+    assert np.array_equal(spikes, fired) and fired.sum() == 4
+    assert np.array_equal(v[~spikes], membrane[~spikes]) and set(membrane[spikes]) == {128}

@@ -95,7 +95,7 @@ class Legal:
     Attributes:
         graph: a ``nir.NIRGraph`` without inner graphs; "." in names of nodes has become "_".
         settings: ``dt``, ``output`` (the node before the output), and ``neurons``: for each its reset, threshold and v_init.
-        names: node in the file to node of the original graph, for neurons.
+        names: node in the file to node of the original graph, for neurons, in order of execution.
         rewritten: what was changed, a sentence for each node.
     """
 
@@ -388,4 +388,5 @@ def _built(work: _Work) -> Legal:
         "dt": work.dialect.dt or work.dt,
         "neurons": {safe[n]: found for n, found in work.neurons.items()},
     }
-    return Legal(graph, settings, {safe[n]: n for n in work.neurons}, tuple(work.done))
+    order = [name for group in work.flat.groups for name in group if name in work.neurons]
+    return Legal(graph, settings, {safe[n]: n for n in order}, tuple(work.done))

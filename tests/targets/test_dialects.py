@@ -141,6 +141,16 @@ def test_sums_are_left_to_importers_that_compute_them() -> None:
     assert legalize(graph, "spikingjelly").names == {"lif": "lif", "last": "last"} == legalize(graph, "snntorch").names
 
 
+def test_neurons_stand_in_order_of_execution_whatever_their_names() -> None:
+    """A file read back has its nodes in alphabetical order; the first layer that differs must be the first to run."""
+    graph = lif_net()
+    called = {"lif1": "z", "lif2": "a"}
+    nodes = {called.get(name, name): node for name, node in graph.nodes.items()}
+    edges = [(called.get(a, a), called.get(b, b)) for a, b in graph.edges]
+    other = nir.NIRGraph(dict(sorted(nodes.items())), edges, metadata=graph.metadata, type_check=False)
+    assert list(legalize(other, "spikingjelly").names) == ["z", "a"]
+
+
 def test_what_was_done_is_told() -> None:
     graph = lif_net(tie="gt")
     graph.nodes["lif1"].v_threshold = np.linspace(0.8, 1.2, 20)

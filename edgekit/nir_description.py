@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgekit import nir
+from edgekit.errors import InputError
 from edgekit.nir.semantics import FIRING, kind, rule, step_length
 from edgekit.targets.neuromorphic.chip_rules import Fit, check
 from edgekit.targets.neuromorphic.layers import Layer, Network, network
@@ -48,6 +49,8 @@ def describe(path: Path, chips: Sequence[str] = ()) -> NirDescription:
     Raises:
         FormatError: it cannot be read; UnsupportedError: its graph cannot be run; InputError: an unknown chip.
     """
+    if not Path(path).exists() and Path(path).name == "model.nir" and Path(path).parent.is_dir():
+        raise InputError(f"{Path(path).parent}: no model.nir; make it with `edgekit export {Path(path).parent} --target nir`")
     graph = nir.read(path)
     net = network(graph)
     inputs = ", ".join(f"{name} ({_shape(net.shapes[name])})" for name in net.flat.inputs)

@@ -69,6 +69,8 @@ def _neurons(found: Chip, net: Network) -> Iterator[Breach]:
     """Kinds of neurons and their rules."""
     for layer in net.layers:
         which = kind(layer.node)
+        if which == "Output" and found.kind == "cores":
+            continue  # a readout: the host applies its weights to spikes
         if which == "Output":
             yield Breach(layer.name, "ends in", "neurons", "weights", "add a layer of neurons behind them", found.title)
         elif which not in found.kinds:

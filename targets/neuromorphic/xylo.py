@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from edgekit.errors import InputError
 
-__all__ = ["HIDDEN_LIMIT", "INPUT_LIMIT", "OUTPUT_LIMIT", "Trace", "XyloNetwork", "fade", "run"]
+__all__ = ["HIDDEN_LIMIT", "INPUT_LIMIT", "OUTPUT_LIMIT", "Trace", "XyloNetwork", "fade", "run", "specification"]
 
 INPUT_LIMIT, HIDDEN_LIMIT, OUTPUT_LIMIT = 15, 31, 1
 """Most spikes of one input channel, hidden neuron and output neuron in a step."""
@@ -117,6 +117,25 @@ class Trace:
     v_hidden: NDArray[np.int16]
     v_outputs: NDArray[np.int16]
     saturated: int
+
+
+def specification(network: XyloNetwork) -> dict[str, Any]:
+    """The network by the names of rockpool, SynSense's toolchain: what its mappers return, and ``config_from_specification`` and
+    ``XyloSim.from_specification`` take. edgekit was not run with rockpool (AGPL, and a driver of its own).
+    """
+    single = network.dash_syn.shape[1] == 1
+    hidden = len(network.threshold)
+    return {
+        "weights_in": network.weights_in[..., 0] if single else network.weights_in,
+        "weights_rec": network.weights_rec[..., 0] if single else network.weights_rec,
+        "weights_out": network.weights_out,
+        "dash_mem": network.dash_mem, "dash_mem_out": network.dash_mem_out, "dash_syn": network.dash_syn[:, 0],
+        "dash_syn_2": np.zeros(hidden, np.uint8) if single else network.dash_syn[:, 1], "dash_syn_out": network.dash_syn_out,
+        "threshold": network.threshold, "threshold_out": network.threshold_out,
+        "bias": network.bias, "bias_out": network.bias_out,
+        "weight_shift_in": network.shift_in, "weight_shift_rec": network.shift_rec, "weight_shift_out": network.shift_out,
+        "aliases": [[] for _ in range(hidden)], "dt": network.dt,
+    }  # fmt: skip
 
 
 def fade(x: Int, dash: NDArray[Any]) -> Int:

@@ -93,3 +93,28 @@ def test_loihi_takes_the_largest_exponent_that_stays_in_24_bits() -> None:
     assert made.difference < 0.05 and not any(">= threshold" in note for note in made.notes)
     ge = to_loihi2.quantize(lif_net(tie="ge"), spikes(20, 4, 16).astype(int))
     assert any("spikes where v >= threshold in the graph, where v > threshold on the chip" in note for note in ge.notes)
+
+
+def test_a_readout_behind_loihi_is_the_hosts() -> None:
+    from neuromorphic_nets import chain, ends, lif, nir
+
+    from edgekit.devices import sim
+
+    rng = np.random.default_rng(0)
+    source, sink = ends((16,), (3,))
+    nodes = {"input": source, "fc1": nir.Linear(rng.normal(1, 5, (20, 16))), "lif": lif(20, tie="gt")}
+    graph = chain(nodes | {"read": nir.Affine(rng.normal(0, 1, (3, 20)), np.ones(3)), "out": sink})
+    found = sim.run("loihi2", graph, spikes(12, 4, 16))
+    assert list(found.spikes) == ["lif"] and any("the host applies them" in note for note in found.notes)
+    np.testing.assert_allclose(found.outputs, found.spikes["lif"] @ graph.nodes["read"].weight.T + 1)
+
+
+def test_the_specification_has_the_names_of_the_toolchain() -> None:
+    graph = cuba_net(reset="subtract", tie="ge", spikes=31, tau_syn=8e-3, tau_mem=8e-3, last={"spikes": 1})
+    made = to_xylo.quantize(graph, spikes(10, 2, 16).astype(int))
+    found = xylo.specification(made.network)
+    assert (
+        found["weights_in"].shape == (16, 20) and found["weights_rec"].shape == (20, 20) and found["weights_out"].shape == (20, 6)
+    )
+    assert found["dash_syn"].shape == found["dash_syn_2"].shape == (20,) and len(found["aliases"]) == 20
+    assert found["weight_shift_in"] == made.shift and found["threshold_out"].dtype == np.int16

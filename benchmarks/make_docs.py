@@ -14,6 +14,7 @@ import costs_docs
 import firmware_docs
 import lowrank_docs
 import snn_docs
+import snn_nir
 import snn_simulators_docs
 
 from edgekit.files import write_whole
@@ -360,6 +361,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "firmware": lambda rows: firmware_docs.firmware(rows, TITLES),
     "binary_firmware": binary_docs.firmware,
     "binary_host": binary_host_docs.binary_host,
+    "snn_nir": snn_nir.section,
     "snn_simulators": snn_simulators_docs.simulators,
     "devices": devices,
     "lowrank": lowrank_docs.lowrank,

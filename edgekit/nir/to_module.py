@@ -6,6 +6,7 @@ sequence operators. The nodes of a cycle are written out step by step with the s
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from edgekit.errors import InputError, UnsupportedError
 from edgekit.frozen import FrozenOp, FrozenProgram, Unquantized, freeze_module
+from edgekit.nir.file import require
 from edgekit.nir.nodes import paddings, pair
 from edgekit.nir.rules import NEURONS
 from edgekit.nir.semantics import Flat, flatten, kind, rule, step_length
@@ -94,6 +96,7 @@ class NirModule(nn.Module):
                 self._place(n, _cell if flat.is_cycle(group) else _layer)
         enter = FrozenOp("repeat_steps", 1, {}, steps=steps) if encoding == "repeat" else FrozenOp("fold_steps", 1, {})
         self.encode = enter
+        self.outside = {"encoding": encoding, "readout": readout, **({"gain": gain} if readout == "accumulate" else {})}
         leave = ("accumulate", {"gain": gain, "steps": steps}) if readout == "accumulate" else ("unfold_steps", {"steps": steps})
         self.readout = nn.ModuleList(FrozenOp(leave[0], 1, {}, **leave[1]) for _ in flat.outputs)
 
@@ -113,6 +116,37 @@ class NirModule(nn.Module):
     def layer(self, name: str) -> nn.Module:
         """The submodule of a node."""
         return self.get_submodule(_module_name(name))
+
+    def graph(self) -> Any:
+        """The ``nir.NIRGraph`` with the weights as they are now, cycles too; all that a run needs is in the metadata.
+
+        Raises:
+            MissingTool: nir is not installed.
+        """
+        require()
+        import nir
+
+        ends = {*self.flat.inputs, *self.flat.outputs}
+        passing = {n for n, node in self.flat.nodes.items() if kind(node) in ("Input", "Output") and n not in ends}
+
+        def origins(name: str) -> list[str]:
+            """What feeds a node, through the inputs and outputs of inner graphs."""
+            return [o for s in self.flat.sources[name] for o in (origins(s) if s in passing else [s])]
+
+        nodes = {name: self._node(name, node) for name, node in self.flat.nodes.items() if name not in passing}
+        edges = [(source, name) for name in nodes for source in origins(name)]
+        return nir.NIRGraph(nodes, edges, metadata={"dt": self.dt, "steps": self.steps, **self.outside}, type_check=False)
+
+    def _node(self, name: str, node: Any) -> Any:
+        made, layer = copy.deepcopy(node), self.layer(name)
+        for field in ("weight", "bias"):
+            value = getattr(layer, field, None)
+            if isinstance(value, Tensor) and hasattr(made, field):
+                setattr(made, field, value.detach().cpu().numpy().copy())
+        if kind(node) in _OPS:
+            facts = rule(name, node, self.facts).metadata()
+            made.metadata = {**made.metadata, **(facts if hasattr(node, "v_threshold") else {"v_init": facts["v_init"]})}
+        return made
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         values: dict[str, Tensor] = {self.flat.inputs[0]: self.encode(x)}
@@ -157,7 +191,7 @@ def _module_name(name: str) -> str:
     """A node's name as that of a submodule; those that the module has itself get a mark."""
     return (
         f"{name}_"
-        if name.split(".")[0] in ("encode", "readout", "flat", "steps", "dt", "shape", "encoding", "facts", "training")
+        if name.split(".")[0] in ("encode", "readout", "flat", "steps", "dt", "shape", "encoding", "facts", "outside", "training")
         else name
     )
 

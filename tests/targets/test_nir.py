@@ -186,6 +186,14 @@ def test_a_recurrent_graph_runs_as_a_program() -> None:
     wanted = interpret(graph, x.transpose(1, 0, 2)).output.transpose(1, 0, 2)
     assert 0.1 < wanted.mean() < 0.5
     assert np.array_equal(program.run(torch.from_numpy(x))[0].numpy(), wanted)
+    module = to_module(graph, 20, readout="sequence")
+    again = module.graph()
+    assert sorted(again.nodes) == ["cell.lif", "cell.rec", "cell.w", "input", "output"]
+    assert np.array_equal(interpret(again, x.transpose(1, 0, 2)).output.transpose(1, 0, 2), wanted)
+    assert same(to_module(again).graph(), again) == []  # steps, dt and readout are in it now
+    with torch.no_grad():
+        module.layer("cell.rec").weight.zero_()
+    assert not module.graph().nodes["cell.rec"].weight.any()
 
 
 def test_nodes_of_every_kind_run_as_a_module() -> None:

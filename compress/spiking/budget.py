@@ -34,7 +34,7 @@ class _Limits:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network that was tried, stopped after ``steps``."""
+    """A network that was tried, stopped after ``steps``; ``synops`` with the MACs of what is not zeros and ones."""
 
     method: str
     settings: Spiking
@@ -47,9 +47,9 @@ class Candidate:
 def choose(graph: Graph, settings: Spiking, data: Data, progress: Callable[[str, int, int], None]) -> Made:
     """Try the methods at rising numbers of steps; make the one that is chosen on all data.
 
-    With ``target_accuracy``: the fewest SynOps that reach it. Without: the best score within the other limits. A model knows its
-    training samples better than others: where there are labelled evaluation samples, a network may lose on the former what the
-    float model has to spare on the latter, and one standard error less.
+    With ``target_accuracy``: the fewest operations that reach it. Without: the best score within the other limits. A model knows
+    its training samples better than others: where there are labelled evaluation samples, a network may lose on the former what
+    the float model has to spare on the latter, and one standard error less.
 
     Raises:
         InputError: none fits; says what came nearest.
@@ -66,7 +66,9 @@ def choose(graph: Graph, settings: Spiking, data: Data, progress: Callable[[str,
         found = course(made.net, judge.batches)
         for t in points(how.steps) if how.method == "qcfs" else [how.steps]:
             score = judge.score(found.outputs[t - 1])
-            tried.append(Candidate(how.method, how, t, score, float(found.synops[t - 1]), _error(score, judge)))
+            tried.append(
+                Candidate(how.method, how, t, score, float(found.synops[t - 1] + found.macs[t - 1]), _error(score, judge))
+            )
     fitting = [c for c in tried if _fits(c, limits)]
     if not fitting:
         raise InputError(_nearest(tried, settings, limits, judge.what))
@@ -131,7 +133,7 @@ def _row(c: Candidate, limits: _Limits, best: bool) -> dict[str, Any]:
         "method": c.method,
         "steps": c.steps,
         "score": round(c.score, 3),
-        "SynOps a sample": round(c.synops, 1),
+        "SynOps and MACs a sample": round(c.synops, 1),
         "verdict": verdict,
     }
 
@@ -145,5 +147,5 @@ def _nearest(tried: list[Candidate], settings: Spiking, limits: _Limits, what: s
     best = max(within, key=lambda c: c.score) if within else min(tried, key=lambda c: c.synops)
     return (
         f"spiking: no method meets {asked}; nearest is {best.method} at {best.steps} steps with {best.score:.2f} ({what}) and "
-        f"{best.synops:.0f} SynOps a sample{wanted}; ask for less, or train longer (epochs)"
+        f"{best.synops:.0f} SynOps and MACs a sample{wanted}; ask for less, or train longer (epochs)"
     )

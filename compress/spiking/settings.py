@@ -66,7 +66,7 @@ class Spiking:
         epochs, learning_rate, train_batch_size: of ``qcfs`` and of each stage of ``train``: Adam, cosine decay to zero.
         target_accuracy: budget of ``auto``: the task metric, in its unit, on held-out training samples.
         max_timesteps: budget of ``auto``.
-        max_synops: budget of ``auto``: accumulates for one sample that spikes cause.
+        max_synops: budget of ``auto``: SynOps for one sample, and the MACs of averaged spikes and analogue layers with them.
         early_exit: choose a threshold at which a sample stops early.
         weights: ``float``, or the integer form: weights of so many bits, int16 currents and membranes, which firmware runs.
         samples: calibration samples used.

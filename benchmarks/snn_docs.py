@@ -143,7 +143,7 @@ def _sltt(rows: Sequence[Row]) -> list[str]:
 def _nmnist(rows: Sequence[Row]) -> list[str]:
     lines = [
         "", "### N-MNIST events: 1000 recordings to train on, 100 to judge by", "",
-        "| neurons | steps | accuracy | SynOps | MACs |", "|---|---|---|---|---|",
+        "| trained on | steps | accuracy | SynOps | MACs |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for r in rows:
         cost = f"{r['synops']:,.0f} | {r['macs']:,.0f}"

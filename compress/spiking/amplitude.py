@@ -62,8 +62,8 @@ def _ends(node: fx.Node, source: fx.Node, scale: Tensor, shapes: dict[fx.Node, A
     op = operator_name(node) if node.op == "call_function" else ""
     if op in ("conv2d", "linear") and node.args[0] is source:
         weight = node.args[1]
-        fits = isinstance(weight, fx.Node) and weight.op == "get_attr" and len(weight.users) == 1
-        return [(node, scale)] if fits else None
+        own = isinstance(weight, fx.Node) and weight.op == "get_attr" and len(weight.users) == 1
+        return [(node, scale)] if own and _by_input(scale, op) else None
     if node.op == "call_module" and str(node.target).startswith("pool_"):
         after = _channels(scale, shapes[node])
     elif node.op == "call_module" and str(node.target).startswith(("decode_", "repeat_")):
@@ -84,6 +84,14 @@ def _ends(node: fx.Node, source: fx.Node, scale: Tensor, shapes: dict[fx.Node, A
             return None
         found += ends
     return found
+
+
+def _by_input(scale: Tensor, op: str) -> bool:
+    """The scale differs between input channels (conv2d) or features (linear) only, so that a weight can take it."""
+    if not scale.dim():
+        return True
+    rows = scale.flatten(2).movedim(1, 2)[0] if op == "conv2d" else scale.reshape(-1, scale.shape[-1])
+    return torch.equal(rows, rows[:1].expand_as(rows))
 
 
 def _channels(scale: Tensor, shape: tuple[int, ...]) -> Tensor:

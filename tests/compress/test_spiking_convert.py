@@ -262,3 +262,29 @@ def test_correction_brings_the_means_together() -> None:
     for how in ("bias", "membrane"):
         made = network(model, data, steps=8, correct=how, threshold="max")
         assert sum(x.gap for x in made.layers) < 0.7 * sum(x.gap_before for x in made.layers), how
+
+
+class Tokens(nn.Module):
+    """Linear layers over (N, tokens, features), and a convolution over one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(3, 6, 3, padding=1), nn.BatchNorm1d(6)
+        self.up, self.down = nn.Linear(12, 16), nn.Linear(16, 12)
+        self.head = nn.Linear(72, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.conv(x)))
+        x = x + self.down(F.relu(self.up(x)))
+        return self.head(F.relu(x).flatten(1))
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_one_dimension_and_tokens(per_channel: bool) -> None:
+    model, data = trained(Tokens(), (3, 12))
+    made = network(model, data, steps=512, threshold="max", correct="none", per_channel=per_channel)
+    with torch.no_grad():
+        wanted, got = model(data.calibration), made.net.module(data.calibration)
+    assert float((got - wanted).abs().max()) < 0.03 * float(wanted.abs().max())
+    program = apply(model, [Block("spiking", Spiking(steps=4, per_channel=per_channel))], data).program
+    assert sum(x.op == "if_sequence" for x in program.layers) == 3

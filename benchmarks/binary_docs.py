@@ -1,11 +1,11 @@
-"""The section of docs/benchmarks.md about 1-bit layers in firmware, from the rows of results/binary_firmware.json."""
+"""Sections of docs/benchmarks.md about 1-bit and spiking layers in firmware (binary_firmware.json, snn_firmware.json)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["firmware"]
+__all__ = ["firmware", "spiking"]
 
 _HEAD = """
 ## 1-bit layers in firmware
@@ -28,4 +28,29 @@ def firmware(rows: Sequence[Mapping[str, Any]]) -> str:
         times = f"{'**' if missed else ''}{r['times']:.2f}{'**' if missed else ''}" + (f" (at least {bound:g})" if bound else "")
         cells = [r["layer"], r["core"], kernel, r["output"], f"{r['instructions']:,}", f"{r['int8']:,}", times]
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+_SPIKING = """
+## Spiking layers in firmware
+
+Instructions of a time step of 256 inputs to 256 leaky neurons on emulated boards, for several shares of inputs that spike;
+beside them our fastest int8 layer of the same size on the same core, which multiplies every input. "Times" compares the synapses
+with it.
+"""
+
+
+def spiking(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each core, kernel set and share of spikes."""
+    head = "| core | kernels | spikes % | a step | synapses | neurons | int8 layer | times fewer |"
+    lines = [_SPIKING.strip(), "", head, "|---" * 8 + "|"]
+    for r in rows:
+        bound = r["instructions_bound"]
+        mark = "**" if bound is not None and r["instructions"] > bound else ""
+        step = f"{mark}{r['instructions']:,}{mark}" + (f" (at most {bound:,})" if bound else "")
+        kernels = "portable C" if r["kernel_set"] == "portable" else r["kernel_set"]
+        numbers = [f"{r[k]:,}" for k in ("synapses", "neurons", "dense")]
+        lines.append(
+            "| " + " | ".join([r["core"], kernels, str(r["spikes_percent"]), step, *numbers, f"{r['times']:.2f}"]) + " |"
+        )
     return "\n".join(lines)

@@ -363,6 +363,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "binary_host": binary_host_docs.binary_host,
     "snn_nir": snn_nir.section,
     "snn_simulators": snn_simulators_docs.simulators,
+    "snn_firmware": binary_docs.spiking,
     "devices": devices,
     "lowrank": lowrank_docs.lowrank,
     "lowrank_latency": lowrank_docs.latencies,

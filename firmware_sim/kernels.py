@@ -21,6 +21,7 @@ __all__ = [
     "conv2d_scratch",
     "depthwise_scratch",
     "linear_scratch",
+    "spiking_scratch",
 ]
 
 KERNEL_SETS = ("portable", "dsp", "mve")
@@ -49,6 +50,7 @@ SOURCES = (
     "rows_dsp.c",
     "rows_mve.c",
     "softmax.c",
+    "spiking.c",
 )
 """Every C file of an application but its own and the host link; what it does not call is not linked."""
 
@@ -119,3 +121,8 @@ def binary_planes_scratch(
     most = min(32 * band, kinds[0] * kinds[1])
     words += 2 * (kernel[0] + 1) * (kernel[1] + 1)
     return 4 * (words + 2 * 32 * band + 6 * most + 2 * (band + most))
+
+
+def spiking_scratch(kernel: tuple[int, int], in_c: int, groups: int) -> int:
+    """Bytes of scratch that ``ek_spiking_s16`` needs."""
+    return 4 * kernel[0] * kernel[1] * in_c // groups + 16

@@ -127,6 +127,59 @@ typedef struct {
 } ek_binarize;
 void ek_binarize_s8(const ek_binarize *p, const int8_t *x, void *y); /* bit = x >= threshold */
 
+/* ---- Spiking layers: spikes int8 (counts), currents and membranes int16, all steps of a sequence in one call. */
+
+typedef struct {
+    const int8_t *weights; /* for each group kernel_h * kernel_w * (in_c / groups) rows of out_c / groups, filled up to a multiple of 4; aligned to 16 */
+    const int16_t *bias;   /* out_c */
+    uint16_t steps;
+    uint16_t in_h, in_w, in_c;
+    uint16_t out_h, out_w, out_c;
+    uint16_t kernel_h, kernel_w;
+    uint16_t stride_h, stride_w;
+    uint16_t dilation_h, dilation_w;
+    uint16_t pad_top, pad_left;
+    uint16_t groups;
+} ek_spiking;
+/* y = bias + sum of w * x over the taps inside: only spikes that are there cost. No partial sum may leave int16. x: steps images of spikes. A linear
+ * layer is a 1x1 convolution of a 1x1 image. scratch: 4 bytes for each input of an output and 16 more. */
+void ek_spiking_s16(const ek_spiking *p, const int8_t *x, int16_t *y, void *scratch);
+
+typedef struct {
+    const int16_t *threshold, *decay, *v_init; /* `period` each: neuron i has constants i % period. decay: Q15, 32767: no leak */
+    uint32_t n, period;                        /* neurons: a multiple of the period */
+    uint32_t x_step;                           /* currents from one step to the next: n, or 0 for a current that is the same in each */
+    uint16_t steps;
+    uint8_t leak;             /* 0: no decay is less than 32767; 1: all are; 2: some */
+    uint8_t zero, max_spikes; /* zero: reset to 0, else the threshold is subtracted for each spike */
+} ek_neurons;
+/* v = sat16(((v * decay + 2^14) >> 15) + x); s = v >= threshold (floor(v / threshold), at most max_spikes); reset. scratch: 2 * n bytes. */
+void ek_neurons_s16(const ek_neurons *p, const int16_t *x, int8_t *spikes, void *scratch);
+
+typedef struct {
+    const int8_t *weights; /* as ek_conv2d's */
+    const int32_t *bias;   /* folded */
+    const float *multiplier;
+    uint16_t steps;
+    uint16_t in_h, in_w, in_c;
+    uint16_t out_h, out_w, out_c;
+    uint16_t kernel_h, kernel_w;
+    uint16_t stride_h, stride_w;
+    uint16_t dilation_h, dilation_w;
+    uint16_t pad_top, pad_left;
+    uint16_t groups;
+    int8_t in_zp;
+} ek_current;
+/* Currents of real-valued inputs: y = sat16(round_half_even((float)(bias + sum of w * x) * multiplier)). */
+void ek_current_s16(const ek_current *p, const int8_t *x, int16_t *y);
+
+typedef struct {
+    uint16_t steps, in_h, in_w, channels, out_h, out_w;
+    uint16_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left;
+} ek_spike_pool;
+void ek_spike_pool_s8(const ek_spike_pool *p, const int8_t *x, int8_t *y);                     /* sums of spikes */
+void ek_accumulate_s16(const int16_t *x, int32_t *y, uint32_t n, uint32_t steps);              /* y = sum over the steps */
+
 /* ---- Elementwise. In place: y may be a (not b). b repeats every b_n elements (n is a multiple of b_n): b_n = n without broadcast,
  * b_n = channels for a vector of channels. */
 

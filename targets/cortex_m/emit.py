@@ -168,6 +168,8 @@ def _array(name: str, constant: Constant) -> str:
 
 
 def _literal(value: Any) -> str:
+    if isinstance(value, np.floating):
+        return f"{float(value).hex()}f"
     return "(-2147483647 - 1)" if int(value) == -(1 << 31) else str(int(value))
 
 

@@ -32,6 +32,7 @@ class Tensor:
         scale, zero_point: ``scale * (q - zero_point)`` is the real value.
         base: the tensor whose bytes this one shares by a free reshape; its own index otherwise.
         channels: packed signs of so many channels, stored in words of 32 bits; 0 for int8 values.
+        width: bytes of a value: 1, 2 for the currents and 4 for the sums of spiking layers.
     """
 
     index: int
@@ -42,10 +43,11 @@ class Tensor:
     zero_point: int
     base: int
     channels: int = 0
+    width: int = 1
 
     @property
     def stored(self) -> tuple[int, ...]:
-        """Shape as it lies in memory, in bytes."""
+        """Shape as it lies in memory; in bytes for packed signs."""
         if self.channels:
             return (*self.shape[:-1], 4 * -(-self.channels // 32))
         return tuple(self.shape[i] for i in (0, 2, 3, 1)) if self.last else self.shape
@@ -53,7 +55,7 @@ class Tensor:
     @property
     def size(self) -> int:
         """Bytes."""
-        return prod(self.stored)
+        return prod(self.stored) * self.width
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,14 @@ class Step:
 class Port:
     """An input or output: ``source`` is the program's input or output position, ``tensor`` the firmware's tensor.
 
-    ``scale`` None: the program itself has integers here.
+    ``scale`` None: the program itself has integers here. ``bits``: an input is clamped to so many.
     """
 
     source: int
     tensor: int
     scale: float | None
     zero_point: int | None
+    bits: int = 8
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ class Spec:
     last: bool
     scale: float | None
     zero_point: int | None
+    width: int = 1
+    bits: int = 8
 
     @property
     def stored(self) -> tuple[int, ...]:
@@ -122,7 +127,7 @@ class Spec:
     @property
     def size(self) -> int:
         """Bytes."""
-        return prod(self.shape)
+        return prod(self.shape) * self.width
 
 
 @dataclass(frozen=True)

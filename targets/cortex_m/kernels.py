@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.firmware_sim import kernels as sim
-from edgekit.targets.cortex_m import binary, trails
+from edgekit.targets.cortex_m import binary, spiking, trails
 from edgekit.targets.cortex_m.calls import Call, Constant, Field, Kernel, Struct, ending, members, sizes16
 from edgekit.targets.cortex_m.graph import Step
 
@@ -211,6 +211,7 @@ KERNELS: dict[str, Kernel] = {
     "pad": Kernel(_pad),
     "gather": Kernel(_gather),
     **binary.KERNELS,
+    **spiking.KERNELS,
 }
 """Kernel kind to its row."""
 

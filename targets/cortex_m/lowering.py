@@ -19,10 +19,11 @@ from torch import fx
 
 from edgekit.errors import UnsupportedError
 from edgekit.frozen import FrozenProgram, Layer, Unquantized
+from edgekit.frozen.spiking_ops import FLOAT_OPS
 from edgekit.targets.cortex_m import softmax
 from edgekit.targets.cortex_m.graph import Firmware, Port, Step, Tensor
 
-__all__ = ["Builder", "build", "constants", "refusal", "refuse"]
+__all__ = ["TAKE_CURRENTS", "Builder", "build", "constants", "refusal", "refuse"]
 
 _REMEDIES = {
     "softmax": "firmware computes it along the last axis of at most 1023 integers; else return the logits and take softmax "
@@ -47,6 +48,9 @@ _FOR_OTHERS = ("an input of it is float", "only float operators use it", "no int
 
 _SHOWN = 4
 
+TAKE_CURRENTS = ("repeat_steps", "qlif_sequence", "qaccumulate")
+"""Operators that read int16 currents."""
+
 
 def refusal(program: FrozenProgram, layer: str, what: str, remedy: str) -> UnsupportedError:
     """The sentence for something firmware cannot take."""
@@ -60,6 +64,10 @@ def refuse(program: FrozenProgram) -> None:
     """Raise UnsupportedError for layers in float, a softmax between integers excepted, or the first with 16-bit activations."""
     from edgekit.targets.cortex_m.rules import RULES
 
+    neurons = next((x for x in program.layers if x.op in FLOAT_OPS), None)
+    if neurons is not None:
+        remedy = "set spiking: {weights: int8} in the recipe, which makes integers of it"
+        raise refusal(program, neurons.name, f"has membranes in float ({neurons.op})", remedy)
     found = _in_float(program)
     if len(found) == 1:
         (only,) = found
@@ -69,11 +77,17 @@ def refuse(program: FrozenProgram) -> None:
         raise UnsupportedError(_several(program, found))
     for layer in program.layers:
         bits = max(int(layer.args.get(k, 8)) for k in ("out_bits", "bits"))
-        if bits > 8:
+        if bits > 8 and not _gives_currents(program, layer):
             remedy = "set activations: int8 in the recipe, or int8 for this layer by a scope"
             raise refusal(program, layer.name, f"has {bits}-bit activations", remedy)
         if layer.op not in RULES:
             raise refusal(program, layer.name, f"is the operator {layer.op}", _REMEDY)
+
+
+def _gives_currents(program: FrozenProgram, layer: Layer) -> bool:
+    """Whether a layer's 16-bit output is the current of neurons or of a readout."""
+    users = [x for x in program.layers if layer.name in x.inputs]
+    return layer.op in ("qconv2d", "qlinear") and bool(users) and all(u.op in TAKE_CURRENTS for u in users)
 
 
 def _in_float(program: FrozenProgram) -> list[Unquantized]:
@@ -128,6 +142,8 @@ class Builder:
     """qpad layer that was merged into the convolutions behind it, to (its input, (left, right, top, bottom))."""
     flattened: dict[str, int] = field(default_factory=dict)
     """qreshape layer of a channel-last image that only linear layers read, to that image; their weights are put in its order."""
+    repeats: dict[str, str] = field(default_factory=dict)
+    """repeat_steps layer to the layer whose output it repeats."""
     _converted: dict[tuple[int, bool], int] = field(default_factory=dict)
 
     def tensor(
@@ -138,12 +154,13 @@ class Builder:
         q: tuple[float, int],
         base: int | None = None,
         channels: int = 0,
+        width: int = 1,
     ) -> int:
         """A new tensor; its index."""
         index = len(self.tensors)
         name = layer if isinstance(layer, str) else layer.name
         own = index if base is None else base
-        self.tensors.append(Tensor(index, name, tuple(shape), last, float(q[0]), int(q[1]), own, channels))
+        self.tensors.append(Tensor(index, name, tuple(shape), last, float(q[0]), int(q[1]), own, channels, width))
         return index
 
     def output(self, layer: Layer, last: bool) -> int:
@@ -172,8 +189,10 @@ class Builder:
     def _convert(self, tensor: Tensor, last: bool) -> int:
         q = (tensor.scale, tensor.zero_point)
         free = tensor.shape[1] == 1 or prod(tensor.shape[2:]) == 1
+        if tensor.width > 1 and not free:
+            raise self.refuse(tensor.name, "gives currents of an image that are wanted in another order", "let neurons read them")
         name = f"{tensor.name}.{'last' if last else 'first'}"
-        made = self.tensor(name, tensor.shape, last, q, tensor.base if free else None)
+        made = self.tensor(name, tensor.shape, last, q, tensor.base if free else None, width=tensor.width)
         if not free:
             self.transpose(tensor.name, tensor.index, made, (0, 2, 3, 1) if last else (0, 3, 1, 2))
         return made

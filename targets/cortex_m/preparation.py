@@ -59,7 +59,9 @@ def specs(firmware: Firmware, ports: Sequence[Port]) -> tuple[Spec, ...]:
     found = []
     for port in ports:
         tensor = firmware.tensors[port.tensor]
-        found.append(Spec(port.source, tensor.name, tensor.shape, tensor.last, port.scale, port.zero_point))
+        found.append(
+            Spec(port.source, tensor.name, tensor.shape, tensor.last, port.scale, port.zero_point, tensor.width, port.bits)
+        )
     return tuple(found)
 
 
@@ -79,7 +81,8 @@ def to_stored(inputs: Sequence[Spec], sample: Sequence[NDArray[Any]]) -> list[In
         value = np.asarray(sample[spec.source])
         if value.dtype != np.int8:
             scaled = np.rint(value.astype(np.float32) * np.float32(1.0 / (spec.scale or 1.0)))
-            value = np.clip(scaled + (spec.zero_point or 0), -128, 127).astype(np.int8)
+            least = -(1 << (spec.bits - 1))
+            value = np.clip(scaled + (spec.zero_point or 0), least, -least - 1).astype(np.int8)
         found.append(np.ascontiguousarray(value.transpose(0, 2, 3, 1) if spec.last else value).reshape(-1))
     return found
 
@@ -91,8 +94,8 @@ def from_stored(spec: Spec, values: Int8) -> NDArray[np.float32]:
 
 
 def in_program_layout(tensor: Spec | Tensor, values: Int8) -> NDArray[Any]:
-    """Stored bytes in the program's shape: int8, or uint8 for packed signs."""
-    shape = tensor.shape
+    """Stored bytes in the program's shape: int8, int16, int32, or uint8 for packed signs."""
+    shape, values = tensor.shape, values.view(f"<i{tensor.width}")
     if isinstance(tensor, Tensor) and tensor.channels:
         return np.ascontiguousarray(values.view(np.uint8).reshape(tensor.stored)[..., : shape[-1]])
     shaped = values.reshape([shape[i] for i in (0, 2, 3, 1)]).transpose(0, 3, 1, 2) if tensor.last else values.reshape(shape)

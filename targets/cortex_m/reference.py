@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekit.targets.cortex_m import binary
+from edgekit.targets.cortex_m import binary, spiking
 from edgekit.targets.cortex_m.fixedpoint import Ints, multiply
 from edgekit.targets.cortex_m.graph import Firmware, Step
 
@@ -198,5 +198,6 @@ REFERENCES: dict[str, Callable[[Step, Sequence[Int8]], Int8]] = {
     "pad": _pad,
     "gather": _gather,
     **binary.REFERENCES,
+    **spiking.REFERENCES,
 }
 """Kernel kind to its numpy form."""

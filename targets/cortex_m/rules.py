@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgekit.frozen import Layer
 from edgekit.frozen.ops import activation_bounds
-from edgekit.targets.cortex_m import binary_rules, softmax
+from edgekit.targets.cortex_m import binary_rules, softmax, spiking_rules
 from edgekit.targets.cortex_m.fixedpoint import quantize_multiplier
 from edgekit.targets.cortex_m.graph import Port, Tensor
 from edgekit.targets.cortex_m.lowering import Builder, constants
@@ -26,7 +26,7 @@ __all__ = ["ADD_SHIFT", "RULES"]
 ADD_SHIFT = 20
 """TFLite's left shift of both operands of an addition, so that their common scale keeps 20 bits of fraction."""
 
-_IMAGE_OPS = ("qconv2d", "qmean", "qavg_pool2d", "qmax_pool2d", "qpad")
+_IMAGE_OPS = ("qconv2d", "spiking_conv2d", "qmean", "qavg_pool2d", "qmax_pool2d", "qpad")
 _ACCUMULATOR = 1 << 30  # the kernels' contract: |sum| << shift stays below it
 _DIMENSION = 1 << 16  # the kernels' structs hold sizes in 16 bits
 
@@ -61,11 +61,18 @@ def _quantize(build: Builder, layer: Layer) -> None:
         softmax.add_step(build, layer.name, softmaxes[source], build.output(layer, last=False))
         return
     holders = [n for n in build.program.module.graph.nodes if n.op == "placeholder"]
-    position = next((i for i, n in enumerate(holders) if n.name == source), None)
+    folded = next((x for x in build.program.layers if x.name == source and x.op == "fold_steps"), None)
+    position = next((i for i, n in enumerate(holders) if n.name == (folded.inputs[0] if folded else source)), None)
     if position is None:
         raise build.refuse(layer, f"quantizes {source}, which is computed in float", "compute its input with integer layers")
+    bits = int(layer.args["bits"])
+    if folded:  # (1, T, ...) as the host has it; (T, ...) in the same place
+        whole = build.tensor(folded, (1, *layer.shape), False, (layer.out_scale or 1.0, layer.out_zero_point or 0))
+        build.inputs.append(Port(position, whole, layer.out_scale, layer.out_zero_point, bits))
+        build.of[layer.name] = build.tensor(layer, layer.shape, False, (layer.out_scale or 1.0, layer.out_zero_point or 0), whole)
+        return
     output = build.output(layer, len(layer.shape) == 4 and any(u.op in _IMAGE_OPS for u in build.users(layer)))
-    build.inputs.append(Port(position, output, layer.out_scale, layer.out_zero_point))
+    build.inputs.append(Port(position, output, layer.out_scale, layer.out_zero_point, bits))
 
 
 def _dequantize(build: Builder, layer: Layer) -> None:
@@ -104,6 +111,9 @@ def _weighted(build: Builder, layer: Layer) -> tuple[dict[str, Any], dict[str, N
 
 
 def _conv2d(build: Builder, layer: Layer) -> None:
+    if int(layer.args["out_bits"]) > 8:
+        spiking_rules.current(build, layer)
+        return
     name, (top, left) = layer.inputs[0], (int(p) for p in layer.args["padding"])
     if name in build.pads:
         name, (before, _, above, _) = build.pads[name]
@@ -126,6 +136,9 @@ def _conv2d(build: Builder, layer: Layer) -> None:
 
 
 def _linear(build: Builder, layer: Layer) -> None:
+    if int(layer.args["out_bits"]) > 8:
+        spiking_rules.current(build, layer)
+        return
     values, arrays = _weighted(build, layer)
     image = build.flattened.get(layer.inputs[0])
     source = build.read(layer.inputs[0], last=False) if image is None else image
@@ -296,9 +309,9 @@ def _pad_axes(build: Builder, layer: Layer, tensor: Tensor, sides: list[tuple[in
 def _reshape(build: Builder, layer: Layer) -> None:
     before = build.tensors[build.read(layer.inputs[0])]
     users = build.users(layer)
-    linear = bool(users) and all(u.op == "qlinear" for u in users) and not build.is_output(layer)
+    linear = bool(users) and all(u.op in ("qlinear", "spiking_linear") for u in users) and not build.is_output(layer)
     mixed = before.last and before.shape[1] > 1 and prod(before.shape[2:]) > 1
-    if mixed and linear and layer.shape == (1, before.size):
+    if mixed and linear and layer.shape == (before.shape[0], prod(before.shape[1:])):
         build.flattened[layer.name] = before.index
         return
     source = build.tensors[build.read(layer.inputs[0], last=False)]
@@ -364,5 +377,6 @@ RULES: dict[str, Callable[[Builder, Layer], None]] = {
     "qslice": _slice,
     "qlut": _lut,
     **binary_rules.RULES,
+    **spiking_rules.RULES,
 }
 """``edgekit::`` operator to its rule."""

@@ -1,0 +1,189 @@
+"""Steps of spiking layers: C calls, constants and numpy forms. Time is the first dimension of a tensor; a step runs all of it.
+
+The arithmetic is that of the integer operators of :mod:`edgekit.frozen.spiking_ops`, to the last bit; currents of real-valued
+inputs are requantized as ``qconv2d`` says, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekit.firmware_sim import kernels as sim
+from edgekit.frozen.spiking_ops import NO_LEAK
+from edgekit.targets.cortex_m.calls import Call, Constant, Kernel, Struct, members, sizes16
+from edgekit.targets.cortex_m.graph import Step
+
+__all__ = ["KERNELS", "REFERENCES"]
+
+Bytes = NDArray[np.int8]
+
+
+def _window(v: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+    (in_h, in_w, in_c), (out_h, out_w, out_c) = v["in"], v["out"]
+    return {
+        **sizes16(steps=v["steps"], in_h=in_h, in_w=in_w, in_c=in_c, out_h=out_h, out_w=out_w, out_c=out_c),
+        **sizes16(kernel_h=v["kernel"][0], kernel_w=v["kernel"][1], stride_h=v["stride"][0], stride_w=v["stride"][1]),
+        **sizes16(dilation_h=v["dilation"][0], dilation_w=v["dilation"][1], pad_top=v["pad"][0], pad_left=v["pad"][1]),
+        **sizes16(groups=v["groups"]),
+    }
+
+
+def _spiking_constants(step: Step) -> list[Constant]:
+    """Rows of a group's outputs, one for each tap and input, filled up to a multiple of four."""
+    weight, groups = step.arrays["weight"], step.values["groups"]
+    per = len(weight) // groups
+    rows = weight.reshape(groups, per, *weight.shape[1:]).transpose(0, 2, 3, 4, 1)
+    rows = np.pad(rows, [(0, 0)] * 4 + [(0, -per % 4)]).astype(np.int8)
+    return [Constant("weights", rows.reshape(-1), "int8_t"), Constant("bias", step.arrays["bias"], "int16_t")]
+
+
+def _spiking(step: Step) -> list[Call]:
+    fields = {"weights": ("*", "weights"), "bias": ("*", "bias"), **_window(step.values)}
+    return [Call("ek_spiking_s16", ("$p", "$x0", "$y", "$s"), Struct("ek_spiking", members(fields)))]
+
+
+def _neurons(step: Step) -> list[Call]:
+    v = step.values
+    fields: dict[str, tuple[str, Any]] = {r: ("*", r) for r in ("threshold", "decay", "v_init")}
+    fields |= {
+        "n": ("uint32_t", v["n"]),
+        "period": ("uint32_t", len(step.arrays["threshold"])),
+        "x_step": ("uint32_t", v["x_step"]),
+    }
+    leaky = step.arrays["decay"] < NO_LEAK
+    leak = 1 if leaky.all() else 2 if leaky.any() else 0
+    fields |= {
+        **sizes16(steps=v["steps"]),
+        "leak": ("uint8_t", leak),
+        "zero": ("uint8_t", v["zero"]),
+        "max_spikes": ("uint8_t", v["max_spikes"]),
+    }
+    return [Call("ek_neurons_s16", ("$p", "$x0", "$y", "$s"), Struct("ek_neurons", members(fields)))]
+
+
+def _current(step: Step) -> list[Call]:
+    pointers = {r: ("*", r) for r in ("weights", "bias", "multiplier")}
+    fields = {**pointers, **_window(step.values), "in_zp": ("int8_t", step.values["in_zp"])}
+    return [Call("ek_current_s16", ("$p", "$x0", "$y"), Struct("ek_current", members(fields)))]
+
+
+def _current_constants(step: Step) -> list[Constant]:
+    bits = step.arrays["multiplier"].astype(np.float32)
+    weights = Constant("weights", step.arrays["weight"].astype(np.int8).reshape(-1), "int8_t")
+    return [weights, Constant("bias", step.arrays["bias"], "int32_t"), Constant("multiplier", bits, "float")]
+
+
+def _pool(step: Step) -> list[Call]:
+    v = step.values
+    (in_h, in_w, channels), (out_h, out_w, _) = v["in"], v["out"]
+    fields = {
+        **sizes16(steps=v["steps"], in_h=in_h, in_w=in_w, channels=channels, out_h=out_h, out_w=out_w),
+        **sizes16(kernel_h=v["kernel"][0], kernel_w=v["kernel"][1], stride_h=v["stride"][0], stride_w=v["stride"][1]),
+        **sizes16(pad_top=v["pad"][0], pad_left=v["pad"][1]),
+    }
+    return [Call("ek_spike_pool_s8", ("$p", "$x0", "$y"), Struct("ek_spike_pool", members(fields)))]
+
+
+def _accumulate(step: Step) -> list[Call]:
+    return [Call("ek_accumulate_s16", ("$x0", "$y", str(step.values["n"]), str(step.values["steps"])))]
+
+
+def _scratch(step: Step, kernel_set: str) -> int:
+    return sim.spiking_scratch(step.values["kernel"], step.values["in"][2], step.values["groups"])
+
+
+KERNELS: dict[str, Kernel] = {
+    "spiking": Kernel(_spiking, _spiking_constants, scratch=_scratch),
+    "neurons": Kernel(
+        _neurons,
+        lambda step: [Constant(r, step.arrays[r], "int16_t") for r in ("threshold", "decay", "v_init")],
+        scratch=lambda step, kernel_set: 2 * int(step.values["n"]),
+    ),
+    "current": Kernel(_current, _current_constants),
+    "spike_pool": Kernel(_pool),
+    "accumulate": Kernel(_accumulate),
+}
+"""Rows of the table of kernels."""
+
+
+def _windows(x: Bytes, v: Mapping[str, Any], fill: int) -> list[NDArray[np.int64]]:
+    """For each tap (row-major) what it sees, (steps, out_h, out_w, channels)."""
+    (height, width, channels), (out_h, out_w, _), pad, stride = v["in"], v["out"], v["pad"], v["stride"]
+    dilation = v.get("dilation", (1, 1))
+    need = [(v["out"][i] - 1) * stride[i] + (v["kernel"][i] - 1) * dilation[i] + 1 for i in range(2)]
+    size = max(need[0], pad[0] + height), max(need[1], pad[1] + width)
+    image = np.full((v["steps"], *size, channels), fill, np.int64)
+    image[:, pad[0] : pad[0] + height, pad[1] : pad[1] + width] = x.reshape(v["steps"], height, width, channels)
+    found = []
+    for i in range(v["kernel"][0]):
+        for j in range(v["kernel"][1]):
+            top, left = i * dilation[0], j * dilation[1]
+            rows = slice(top, top + (out_h - 1) * stride[0] + 1, stride[0])
+            found.append(image[:, rows, left : left + (out_w - 1) * stride[1] + 1 : stride[1]])
+    return found
+
+
+def _sums(step: Step, x: Bytes, fill: int) -> NDArray[np.int64]:
+    """bias + sum of weight * x, (steps, out_h, out_w, outputs)."""
+    v, weight = step.values, step.arrays["weight"].astype(np.int64)
+    per, each, groups = len(weight) // v["groups"], weight.shape[3], v["groups"]
+    taps = weight.reshape(len(weight), -1, each)
+    acc: NDArray[np.int64] = np.zeros((v["steps"], *v["out"]), np.int64) + step.arrays["bias"]
+    for position, seen in enumerate(_windows(x, v, fill)):
+        for g in range(groups):
+            block = slice(g * per, (g + 1) * per)
+            acc[..., block] += seen[..., g * each : (g + 1) * each] @ taps[block, position].T
+    return acc
+
+
+def _spiking_reference(step: Step, inputs: Sequence[Bytes]) -> Bytes:
+    return _sums(step, inputs[0], 0).astype("<i2").reshape(-1).view(np.int8)
+
+
+def _current_reference(step: Step, inputs: Sequence[Bytes]) -> Bytes:
+    acc = _sums(step, inputs[0], step.values["in_zp"])
+    scaled = np.rint(acc.astype(np.float32) * step.arrays["multiplier"].astype(np.float32))
+    result: Bytes = np.clip(scaled, -32768, 32767).astype("<i2").reshape(-1).view(np.int8)
+    return result
+
+
+def _neurons_reference(step: Step, inputs: Sequence[Bytes]) -> Bytes:
+    v = step.values
+    x = inputs[0].view("<i2").astype(np.int64).reshape(-1, v["n"])
+    threshold, decay, start = (
+        np.tile(step.arrays[r].astype(np.int64), v["n"] // len(step.arrays[r])) for r in ("threshold", "decay", "v_init")
+    )
+    found, membrane = [], start
+    for t in range(v["steps"]):
+        leaked = np.where(decay == NO_LEAK, membrane, (membrane * decay + 0x4000) >> 15)
+        membrane = np.clip(leaked + x[t if v["x_step"] else 0], -32768, 32767)
+        spikes = np.clip(membrane // threshold, 0, v["max_spikes"])
+        membrane = np.where(spikes > 0, 0, membrane) if v["zero"] else membrane - spikes * threshold
+        found.append(spikes.astype(np.int8))
+    return np.stack(found)
+
+
+def _pool_reference(step: Step, inputs: Sequence[Bytes]) -> Bytes:
+    total = np.sum(_windows(inputs[0], step.values, 0), axis=0)
+    result: Bytes = total.astype(np.int8)
+    return result
+
+
+def _accumulate_reference(step: Step, inputs: Sequence[Bytes]) -> Bytes:
+    x = inputs[0].view("<i2").astype(np.int64).reshape(step.values["steps"], step.values["n"])
+    result: Bytes = x.sum(0).astype("<i4").view(np.int8)
+    return result
+
+
+REFERENCES: dict[str, Callable[[Step, Sequence[Bytes]], Bytes]] = {
+    "spiking": _spiking_reference,
+    "neurons": _neurons_reference,
+    "current": _current_reference,
+    "spike_pool": _pool_reference,
+    "accumulate": _accumulate_reference,
+}
+"""Rows of the table of numpy forms."""

@@ -1,0 +1,133 @@
+"""Integer spiking programs in firmware: the frozen program's spikes and sums to the last bit, on each kernel set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from spiking_nets import conv_program, dense_program
+from torch import Tensor, nn
+
+from edgekit.compress.spiking.integer import integer_program
+from edgekit.errors import UnsupportedError
+from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module
+from edgekit.targets import cortex_m, get
+from edgekit.targets.cortex_m.preparation import prepare, simulate
+
+needs_tools = pytest.mark.skipif(cortex_m.M4.available() is not None, reason="needs arm-none-eabi-gcc and qemu-system-arm")
+STEPS = 6
+
+
+def _synapse(outputs: int, *reduced: int, spikes_max: int = 1, **window: Any) -> FrozenOp:
+    span = 20000 // (int(np.prod(reduced)) * spikes_max * 2)
+    buffers = {
+        "weight": torch.randint(-min(span, 127), min(span, 127) + 1, (outputs, *reduced), dtype=torch.int8),
+        "weight_scale": torch.ones(outputs),
+        "bias": torch.randint(-50, 50, (outputs,), dtype=torch.int16),
+    }
+    op = "spiking_conv2d" if window else "spiking_linear"
+    return FrozenOp(op, 1, buffers, **window, spikes_max=spikes_max, weight_bits=8)
+
+
+def _neurons(shape: tuple[int, ...], decay: str, reset: str = "subtract", max_spikes: int = 1) -> FrozenOp:
+    decays = {"none": [32767], "all": [28000, 31000], "some": [20000, 32767]}[decay]
+    picked = torch.tensor(decays, dtype=torch.int16)[torch.randint(0, len(decays), shape)]
+    buffers = {
+        "threshold": torch.randint(100, 400, shape, dtype=torch.int16),
+        "decay": picked,
+        "v_init": torch.randint(-100, 100, shape, dtype=torch.int16),
+    }
+    return FrozenOp("qlif_sequence", 1, buffers, steps=STEPS, reset=reset, max_spikes=max_spikes)
+
+
+class Wide(nn.Module):
+    """Layers wider than the kernels' blocks, with what they leave over; every decay, reset and count of spikes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fold = FrozenOp("fold_steps", 1, {})
+        self.quantize = FrozenOp("quantize", 1, {}, scale=1.0, zero_point=0, bits=3)
+        self.fc1, self.n1 = _synapse(70, 45, spikes_max=3), _neurons((70,), "all")
+        self.fc2, self.n2 = _synapse(39, 70), _neurons((39,), "some", "zero")
+        self.fc3, self.n3 = _synapse(64, 39), _neurons((64,), "none", max_spikes=4)
+        self.fc4, self.sum = _synapse(5, 64, spikes_max=4), FrozenOp("qaccumulate", 1, {}, steps=STEPS)
+        self.dequantize = FrozenOp("dequantize", 1, {}, scale=0.01, zero_point=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.n3(self.fc3(self.n2(self.fc2(self.n1(self.fc1(self.quantize(self.fold(x))))))))
+        return self.dequantize(self.sum(self.fc4(x)))
+
+
+class Images(nn.Module):
+    """Grouped and strided convolutions of 36 and 32 channels on spikes, and a flattened image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        window = {"padding": [1, 1], "dilation": [1, 1]}
+        self.fold = FrozenOp("fold_steps", 1, {})
+        self.quantize = FrozenOp("quantize", 1, {}, scale=1.0, zero_point=0, bits=2)
+        self.c1, self.n1 = _synapse(36, 3, 3, 3, stride=[1, 1], groups=1, **window), _neurons((36, 1, 1), "all")
+        self.c2, self.n2 = _synapse(64, 18, 3, 3, stride=[2, 2], groups=2, **window), _neurons((64, 3, 3), "some")
+        self.flatten = FrozenOp("qreshape", 1, {}, shape=[STEPS, 576], scale=1.0, zero_point=0)
+        self.fc, self.sum = _synapse(4, 576), FrozenOp("qaccumulate", 1, {}, steps=STEPS)
+        self.dequantize = FrozenOp("dequantize", 1, {}, scale=0.01, zero_point=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.n2(self.c2(self.n1(self.c1(self.quantize(self.fold(x))))))
+        return self.dequantize(self.sum(self.fc(self.flatten(x))))
+
+
+def _made(name: str) -> tuple[FrozenProgram, Tensor]:
+    torch.manual_seed(0)
+    if name == "wide":
+        x = torch.poisson(torch.full((2, STEPS, 45), 0.3)).clamp(-4, 3)
+        x[1, :, ::7] = -2  # what is no count is added up all the same
+        return freeze_module(Wide(), (x,), name="wide"), x
+    if name == "images":
+        x = (torch.rand(2, STEPS, 3, 6, 5) < 0.3).float()
+        return freeze_module(Images(), (x,), name="images"), x
+    if name == "converted":
+        program, x = conv_program("lif", v_threshold=0.15, v_init=0.1)
+    else:
+        program, x = dense_program("if", reset="zero", v_init=0.25)
+    return integer_program(program, (x,))[0], x[:2]
+
+
+NETS = ("wide", "images", "converted", "dense")
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_reference_is_the_frozen_program(name: str) -> None:
+    program, x = _made(name)
+    firmware = prepare(program, "portable")
+    for i in range(len(x)):
+        taps, (output,) = simulate(firmware, [x[i : i + 1].numpy()])
+        expected = program.trace(x[i : i + 1])
+        assert {"spiking", "neurons"} <= {s.kind for s in firmware.steps} and len(taps) >= 5
+        for key, values in taps.items():
+            assert np.array_equal(expected[key].numpy(), values), key
+        assert np.array_equal(output, program.run(x[i : i + 1])[0].numpy())
+
+
+@needs_tools
+@pytest.mark.parametrize("core", ["cortex-m3", "cortex-m4", "cortex-m55"])
+@pytest.mark.parametrize("name", NETS[:3])
+def test_firmware_gives_the_spikes_of_the_frozen_program(name: str, core: str, tmp_path: Path) -> None:
+    program, x = _made(name)
+    target = get(core)
+    path = target.lower(program, tmp_path / f"model{target.SUFFIX}").path
+    (found,) = target.run(path, [x.numpy()])
+    assert np.array_equal(found, program.run(x)[0].numpy())
+    taps, expected = target.taps(path, program, [x[:1].numpy()]), program.trace(x[:1])
+    assert len(taps) >= 5 and [k for k, v in taps.items() if not np.array_equal(expected[k].numpy(), v)] == []
+    spikes = taps["spike1" if name == "converted" else "n1"]
+    assert spikes.dtype == np.int8 and 0.01 < (spikes > 0).mean() < 0.9
+
+
+def test_float_neurons_are_refused() -> None:
+    program, _ = dense_program("lif")
+    with pytest.raises(UnsupportedError, match=r"layer spike1 .*float .lif_sequence.*weights: int8"):
+        prepare(program, "portable")

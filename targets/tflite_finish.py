@@ -144,10 +144,13 @@ def _io_owners(file: TfliteFile, program: FrozenProgram) -> dict[int, str]:
         match = [layer for layer in quantizers if same_quantization(file.tensors[index], layer)]
         owners[index] = match[0].name if match else f"~{node.name}"
     results = nodes[-1].args[0]
+    made_by = {out: op.kind for op in file.ops for out in op.outputs}
     for node, index in zip(results, file.outputs, strict=True):
-        integer = file.tensors[index].dtype != "FLOAT32"
-        while integer and node.name in names and names[node.name].op == "dequantize":
-            node = node.args[0]  # the file ends before the program's dequantize
+        # the file ends before the program's dequantize, and the converter may have merged a last reshape into the operator before
+        ended = ["dequantize"] if file.tensors[index].dtype != "FLOAT32" else []
+        ended += ["qreshape"] if ended and made_by.get(index) != "RESHAPE" else []
+        while node.name in names and names[node.name].op in ended:
+            node = node.args[0]
         owners[index] = names[node.name].name if node.name in names else f"~{node.name}"
     return owners
 

@@ -222,6 +222,32 @@ def test_option_a_shortcut(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+class Features(nn.Module):
+    """Ends with an average over the image, as a model that gives features does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quantize, self.stem = quantize(IN), conv(3, 8, 3, IN, B, "none")
+        self.mean = _op("qmean", 1, out=C, **{"in": B}, out_bits=8)
+        self.flatten, self.dequantize = view("qreshape", C, shape=[1, 8]), dequantize(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dequantize(self.flatten(self.mean(self.stem(self.quantize(x)))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("io", ["int8", "float"])
+def test_a_last_reshape_that_the_converter_merges(io: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    program, path = freeze_module(Features(), (images(1),), name="features"), tmp_path / "features.tflite"
+    tflite.lower(program, path, tflite.Options(io=io))  # type: ignore[arg-type]
+    assert tflite.readback(path, program) == []
+    (found,), (wanted,) = tflite.run(path, [images(3).numpy()]), program.run(images(3))
+    assert found.shape == (3, 8) and np.abs(found - wanted.numpy()).max() <= C[0] + 1e-6
+    taps = tflite.taps(path, program, [images(1).numpy()])
+    forced = program.forced({name: torch.from_numpy(value) for name, value in taps.items()}, images(1))
+    assert np.abs(taps["mean"].astype(int) - forced["mean"].numpy().astype(int)).max() <= 1
+
+
 def test_rescaling_concat_and_pool_groups_and_tables(tmp_path: Path) -> None:
     frozen = program(Mixed, 3, 16, 16)
     artifact = check(frozen, tmp_path / "m.tflite", noise(4, 3, 16, 16), lsb=2)

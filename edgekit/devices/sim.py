@@ -181,12 +181,12 @@ def _interpreter(simulator: str, graph: Any, spikes: Array, dt: float | None) ->
 
 
 def _importer(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Rasters:
+    values, _ = _reference(graph, spikes, dt)  # first: it says in a sentence what does not fit
     legal = legalize(graph, simulator, dt)
     with tempfile.TemporaryDirectory(prefix="edgekit-nir-") as folder:
         path = Path(folder) / "model.nir"
         nir.write(path, legal.graph)
         found = simulate(simulator, legal.settings, {"spikes": spikes}, path)
-    values, _ = _reference(graph, spikes, dt)
     rasters = {original: found.aligned(name, len(spikes)) for name, original in legal.names.items()}
     lag = {original: found.lag[name] for name, original in legal.names.items()}
     expected = {name: values[name] for name in rasters}
@@ -194,9 +194,9 @@ def _importer(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Ra
 
 
 def _nest(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Rasters:
+    values, _ = _reference(graph, spikes, dt)
     made = nest.populations(graph, dt)
     found = simulate("nest", made.settings, {**made.arrays, "spikes": spikes})
-    values, _ = _reference(graph, spikes, dt)
     rasters = {name: found.aligned(name, len(spikes)) for name in made.names}
     expected = {name: values[name] for name in made.names}
     outputs = _following(graph, spikes, dt, rasters)
@@ -209,6 +209,7 @@ def _calibration(spikes: Array) -> Array:
 
 def _xylo(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Rasters:
     flat = _counts(simulator, spikes)
+    values, _ = _reference(graph, spikes, dt)
     made = to_xylo.quantize(graph, _calibration(flat), dt)
     rasters = to_xylo.rasters(made.network, made.places, flat)
     lag = {name: late for name, (*_, late) in made.places.items()}
@@ -227,12 +228,12 @@ def _xylo(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Raster
             for name, (which, first, size, late) in made.places.items()
         }
         return _on_chip(simulator, found.version, graph, spikes, dt, theirs, rasters, lag, notes)
-    values, _ = _reference(graph, spikes, dt)
     return _on_chip(simulator, "", graph, spikes, dt, rasters, values, lag, notes)
 
 
 def _loihi2(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Rasters:
     flat = _counts(simulator, spikes)
+    values, _ = _reference(graph, spikes, dt)
     made = to_loihi2.quantize(graph, _calibration(flat), dt)
     rasters = to_loihi2.rasters(made.layers, flat)
     lag = {one.name: at for at, one in enumerate(made.layers, 1)}
@@ -249,7 +250,6 @@ def _loihi2(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Rast
         found = simulate("lava", settings, {**arrays, "spikes": flat})
         theirs = {name: found.aligned(name, len(flat)) for name in rasters}
         return _on_chip(simulator, found.version, graph, spikes, dt, theirs, rasters, found.lag, notes)
-    values, _ = _reference(graph, spikes, dt)
     return _on_chip(simulator, "", graph, spikes, dt, rasters, values, lag, notes)
 
 

@@ -112,6 +112,9 @@ def test_inputs_that_do_not_fit_are_named(tmp_path: Path) -> None:
             np.save(tmp_path / name, values)
         with pytest.raises(InputError, match=words):
             load_spikes(tmp_path / name)
+    for simulator in ("spikingjelly", "nest", "xylo", "nir"):
+        with pytest.raises(InputError, match=r"input input: shape \(4, 2, 5\) given, \(T, N, 16\) expected"):
+            sim.run(simulator, cuba_net(reset="subtract", tie="ge", spikes=31, last={"spikes": 1}), np.zeros((4, 2, 5)))
     np.savez(tmp_path / "labels.npz", spikes=np.zeros((4, 3, 2)), labels=np.zeros(5))
     with pytest.raises(InputError, match=r"labels have shape \(5,\), expected \(3,\)"):
         load_spikes(tmp_path / "labels.npz")

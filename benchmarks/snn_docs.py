@@ -20,7 +20,7 @@ def section(rows: Sequence[Row]) -> str:
     """All tables that there are rows for."""
     parts = {k: [r for r in rows if r["part"] == k] for k in ("qcfs", "calibrated", "confidence", "iir", "sltt", "nmnist")}
     peers = [r for r in rows if r["part"] == "peers"]
-    lines = ["## Spiking networks", "", _INTRO]
+    lines = ["## Spiking networks: conversion and training", "", _INTRO]
     if parts["qcfs"]:
         lines += _qcfs(parts["qcfs"])
     if parts["calibrated"]:

@@ -33,7 +33,7 @@ from edgekit.targets import preflight, spiking
 from edgekit.targets.executorch_binary import load_kernels, needs_kernels
 from edgekit.targets.executorch_rules import ATEN_RULES, portable_style, xnnpack_style
 from edgekit.targets.pte_compare import compare, coverage, float_constants, io_quantization
-from edgekit.targets.pte_file import PteFile, read_pte
+from edgekit.targets.pte_file import AGAIN, PteFile, read_pte
 from edgekit.targets.pte_layers import Placement, place
 from edgekit.targets.pte_taps import choose, spike_taps, tapped
 from edgekit.targets.qdq import to_qdq
@@ -282,9 +282,7 @@ def _execute(
             # the delegates are only set up at the first call, and what is wrong with the file shows there
             module.forward([x[:1] for x in inputs])
         except RuntimeError as error:
-            raise FormatError(
-                f"{where}: the ExecuTorch runtime refuses it ({str(error).splitlines()[0]}); export it again"
-            ) from error
+            raise FormatError(f"{where}: the ExecuTorch runtime refuses it ({str(error).splitlines()[0]}); {AGAIN}") from error
     columns: list[list[np.ndarray]] = []
     for i in range(len(inputs[0])):
         columns.append([y.numpy().copy() for y in module.forward([x[i : i + 1] for x in inputs])])

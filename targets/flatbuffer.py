@@ -99,7 +99,8 @@ def read_flatbuffer(data: bytes, schema: Schema, base: int, size: int, where: st
     try:
         return reader.table(schema.root, reader.pointer(base))
     except (struct.error, ValueError, KeyError, UnicodeDecodeError, IndexError, RecursionError) as error:
-        raise FormatError(f"{where}: damaged, its tables cannot be read ({error}); export it again") from error
+        again = "make it again with `edgekit export RUN`"
+        raise FormatError(f"{where}: damaged, its tables cannot be read ({error}); {again}") from error
 
 
 class _Reader:

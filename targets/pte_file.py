@@ -22,11 +22,14 @@ import numpy as np
 from edgekit.errors import FormatError, missing_extra
 from edgekit.targets.flatbuffer import Schema, Table, parse_schema, read_flatbuffer
 
-__all__ = ["FileOp", "FileTensor", "PteFile", "read_pte"]
+__all__ = ["AGAIN", "FileOp", "FileTensor", "PteFile", "read_pte"]
 
 _NO_ID = 0xFFFFFFFF
 _NO_HANDLE = 65535  # of operators that XNNPACK's passes added, such as changes of layout
 _NO_OFFSET = 0xFFFFFFFFFFFFFFFF
+AGAIN = "make it again with `edgekit export RUN --target executorch`"
+"""What a damaged file needs."""
+
 _MAGIC = b"ET12"
 _DTYPES = {
     "xnn_datatype_fp32": "float32", "xnn_datatype_fp16": "float16", "xnn_datatype_qint8": "int8", "xnn_datatype_quint8": "uint8",
@@ -101,11 +104,11 @@ def read_pte(path: Path) -> PteFile:
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror or error})") from error
     if len(data) < 64 or data[4:8] != _MAGIC:
-        raise FormatError(f"{path}: not an ExecuTorch program (no {_MAGIC.decode()} at byte 4); export it again")
+        raise FormatError(f"{path}: not an ExecuTorch program (no {_MAGIC.decode()} at byte 4); {AGAIN}")
     try:
         return _Parser(Path(path), data).parse()
     except (struct.error, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise FormatError(f"{path}: damaged, its program cannot be read ({error}); export it again") from error
+        raise FormatError(f"{path}: damaged, its program cannot be read ({error}); {AGAIN}") from error
 
 
 @cache
@@ -129,9 +132,7 @@ class _Parser:
         if magic != b"eh00":
             self.program_size, self.base, stored = len(data), len(data), 0
         if self.program_size > len(data) or self.base + stored > len(data):
-            raise FormatError(
-                f"{path}: truncated, {self.base + stored} bytes are announced, {len(data)} are there; export it again"
-            )
+            raise FormatError(f"{path}: truncated, {self.base + stored} bytes are announced, {len(data)} are there; {AGAIN}")
         self.tensors: dict[int, FileTensor] = {}
         self.ops: list[FileOp] = []
         self.delegates: list[str] = []
@@ -142,7 +143,7 @@ class _Parser:
         self.program = read_flatbuffer(self.data, _schemas()[0], 0, self.program_size, str(self.path))
         self.segments = [(self.base + s["offset"], s["size"]) for s in self.program.get("segments", [])]
         if any(at + size > len(self.data) for at, size in self.segments):
-            raise FormatError(f"{self.path}: truncated, a segment ends behind the file; export it again")
+            raise FormatError(f"{self.path}: truncated, a segment ends behind the file; {AGAIN}")
         self.named = {n["key"]: self.segments[n["segment_index"]] for n in self.program.get("named_data", [])}
         plan = self.program["execution_plan"][0]
         values = plan["values"]
@@ -220,13 +221,13 @@ class _Parser:
         self.delegates.append(delegate["id"])
         reference = delegate["processed"]
         if delegate["id"] != "XnnpackBackend" or reference["location"] != "SEGMENT":
-            raise FormatError(f"{self.path}: delegate {delegate['id']} is not one that edgekit writes; export it again")
+            raise FormatError(f"{self.path}: delegate {delegate['id']} is not one that edgekit writes; {AGAIN}")
         start, size = self.segments[reference["index"]]
         if self.data[start + 4 : start + 8] != b"XH00":
-            raise FormatError(f"{self.path}: an XNNPACK delegate has no XH00 header; export it again")
+            raise FormatError(f"{self.path}: an XNNPACK delegate has no XH00 header; {AGAIN}")
         at, length, constants = struct.unpack_from("<III", self.data, start + 10)
         if at + length > size:
-            raise FormatError(f"{self.path}: an XNNPACK graph ends behind its segment; export it again")
+            raise FormatError(f"{self.path}: an XNNPACK graph ends behind its segment; {AGAIN}")
         graph = read_flatbuffer(self.data, _schemas()[1], start + at, length, str(self.path))
         shift = (number + 1) << 32
         incoming: list[tuple[int, int]] = []

@@ -31,7 +31,7 @@ from edgekit.errors import FormatError, InputError, ParityError, UnsupportedErro
 from edgekit.files import write_whole
 from edgekit.frozen import FrozenProgram, Layer
 from edgekit.frozen.dynamic_ops import DYNAMIC_OPS
-from edgekit.targets import preflight
+from edgekit.targets import preflight, spiking
 from edgekit.targets import tflite_facts as facts
 from edgekit.targets.binary_int8 import packed
 from edgekit.targets.host_form import host_form, renamed, rows
@@ -313,6 +313,8 @@ def tap_file(path: Path, program: FrozenProgram, copied: bool = False) -> TapFil
     file = read(path)
     channel_last = facts.layouts(file)
     kept = [(x, t.index) for x in host_form(program).layers if (t := file.by_name.get(x.name)) is not None and _kept(x, t)]
+    spikes = [(program.layer(name), f"~{node}") for name, node in spiking.written_out(program).neurons.items()]
+    kept += [(x, t.index) for x, name in spikes if (t := file.by_name.get(name)) is not None]
 
     def layers(results: Sequence[NDArray[Any]]) -> dict[str, NDArray[np.int8]]:
         pairs = zip(kept, results[len(file.outputs) :], strict=True)

@@ -79,7 +79,7 @@ def test_a_floor_of_the_quotient_is_the_comparison_for_every_neighbour() -> None
     ("target", "name"),
     [
         ("onnx", "conv if"),
-        pytest.param("tflite", "dense lif", marks=pytest.mark.slow),
+        ("tflite", "dense lif"),
         pytest.param("onnx", "dense cuba", marks=pytest.mark.slow),
         pytest.param("executorch", "dense lif", marks=pytest.mark.slow),
     ],

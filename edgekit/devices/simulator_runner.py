@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+__all__ = ["SIMULATORS", "lava", "main", "nest", "norse", "sinabs", "snntorch", "spikingjelly", "xylosim"]
+
 Arrays = dict[str, Any]
 
 
@@ -311,6 +313,7 @@ SIMULATORS = {
 
 
 def main(folder: str) -> None:
+    """Do what the folder's request asks, and write ``result.npz``."""
     with open(os.path.join(folder, "request.json")) as file:
         request = json.load(file)
     run, package = SIMULATORS[request["simulator"]]

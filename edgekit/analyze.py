@@ -97,6 +97,10 @@ def _measured(settings: recipe.Recipe, samples: int, worst: int, seed: int | Non
         raise InputError("analyze: the recipe has no ptq or qat block; add one, such as `- ptq: {weights: int4}`")
     how = blocks[0].settings
     assert isinstance(how, Quantization)
+    if how.activations in ("dynamic", "float"):
+        raise InputError(
+            f"analyze: with activations {how.activations} no activation is quantized ahead; take static ones to analyze"
+        )
     how = how if seed is None else replace(how, seed=seed)
     notes = ["Weights were rounded to nearest, at the recipe's bits, scales and ranges."]
     if skipped := [b.kind for b in settings.compress if b is not blocks[0]]:

@@ -42,9 +42,10 @@ WEIGHTED = ("conv", "pointwise", "depthwise", "linear")
 """Kinds with weights: convolutions of several taps, of one tap, of one input channel each, and matrix products."""
 
 _PACKS = {4: WEIGHTED, 2: WEIGHTED}
+_DYNAMIC = ("dynamic_qlinear", "weight_only_linear")
 STORED: Mapping[str, Mapping[int, Sequence[str]]] = {
-    "executorch": {4: ("linear",)},
-    "tflite": {4: WEIGHTED, 2: ("linear",)},
+    "executorch": {4: ("linear", "dynamic_qlinear")},
+    "tflite": {4: (*WEIGHTED, *_DYNAMIC), 2: ("linear", *_DYNAMIC)},
     "onnx": _PACKS,
     **{f"cortex-m{n}": _PACKS for n in (0, 3, 4, 7, 33, 55)},
 }

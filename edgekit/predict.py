@@ -29,6 +29,8 @@ HEADS = ("target", "files of", "bytes", "of float %", "cost", "unit", "times as 
 """Columns of the table."""
 
 _SAMPLES = 16
+_MOST = 0.05
+"""Share of the multiply-accumulates that a table may have no row for."""
 _SAME = 0.97
 """A share of the cost above this is no gain."""
 
@@ -37,12 +39,13 @@ _SAME = 0.97
 class Row:
     """One form of the model on one target: ``form`` is "float", "int8" or "recipe"; all figures are modelled.
 
-    ``left_out``: kinds of operators that the table has no row for, which the cost leaves out, and ``left_out_macs``, their share.
+    ``left_out``: kinds of operators that the table has no row for, which the cost leaves out, and ``left_out_macs``, their share
+    of the multiply-accumulates; where that is more than a twentieth there is no cost.
     """
 
     form: str
     bytes: int
-    cost: float
+    cost: float | None
     left_out: tuple[str, ...] = ()
     left_out_macs: float = 0.0
 
@@ -74,7 +77,7 @@ class Prediction:
     def ratio(self, form: str, to: str, what: str = "cost") -> float | None:
         """Cost (or "bytes") of a form over that of another; None without it, or if it is nothing."""
         mine, other = self.row(form), self.row(to)
-        if mine is None or other is None or not getattr(other, what):
+        if mine is None or other is None or getattr(mine, what) is None or not getattr(other, what):
             return None
         return float(getattr(mine, what) / getattr(other, what))
 
@@ -166,7 +169,7 @@ def _predicted(table: Table, forms: dict[str, list[Work]]) -> Prediction:
         macs = sum(w.macs for w in works)
         kinds = tuple(sorted({w.kind for w in left}))
         share = sum(w.macs for w in left) / macs if macs else 0.0
-        found.append(Row(form, round(table.bytes(works)), round(cost, 1), kinds, round(share, 4)))
+        found.append(Row(form, round(table.bytes(works)), None if share > _MOST else round(cost, 1), kinds, round(share, 4)))
     made = Prediction(table.target, table.unit, table.machine, table.error, table.largest_error, tuple(found))
     return dataclasses.replace(made, warnings=tuple(_warnings(table, made, forms)))
 

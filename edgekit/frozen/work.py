@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx
 
 from edgekit.costs import FLOAT, Work
+from edgekit.frozen.dynamic_ops import DYNAMIC_OPS
 from edgekit.frozen.float_layers import FloatLayer
 from edgekit.frozen.program import FrozenProgram, Layer
 
@@ -58,6 +60,8 @@ def _integer(layer: Layer, read: int) -> Work:
     weight = layer.args.get("weight")
     if isinstance(weight, Tensor) and layer.op in ("qconv2d", "qlinear"):
         return weighted(layer.shape, tuple(weight.shape), int(layer.args.get("groups", 1)), layer.weight_bits or 8, read)
+    if isinstance(weight, Tensor) and layer.op in DYNAMIC_OPS:
+        return replace(weighted(layer.shape, tuple(weight.shape), 1, layer.weight_bits or 8, read), kind=layer.op)
     return Work(layer.op, 8, math.prod(layer.shape), read, depth=layer.macs // max(math.prod(layer.shape), 1))
 
 

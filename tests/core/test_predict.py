@@ -9,7 +9,7 @@ import pytest
 import tiny_recipe
 from typer.testing import CliRunner
 
-from edgekit import cli, costs, predict
+from edgekit import analyze, cli, costs, predict
 from edgekit.errors import InputError
 
 
@@ -52,3 +52,16 @@ def test_no_table(tmp_path: Path) -> None:
     path = tiny_recipe.write(tmp_path)
     with pytest.raises(InputError, match="no table of costs"):
         predict.predict(path, targets=["cortex-m4"], tables=tmp_path)
+
+
+def test_what_no_row_is_for_has_a_size_and_no_cost(tmp_path: Path) -> None:
+    (wide,) = prediction(tmp_path / "a", "{activations: dynamic, keep_first_last_8bit: false, skip: [conv]}", "cortex-m4").targets
+    assert wide.row("recipe").cost is None and "dynamic_qlinear" in wide.row("recipe").left_out
+    assert wide.ratio("recipe", "int8") is None and wide.row("recipe").bytes > 0
+
+
+def test_analyzing_dynamic_activations_is_refused(tmp_path: Path) -> None:
+    path = tiny_recipe.write(tmp_path)
+    path.write_text(path.read_text().replace("{observer: minmax}", "{activations: dynamic}"))
+    with pytest.raises(InputError, match="no activation is quantized ahead"):
+        analyze.analyze(path)

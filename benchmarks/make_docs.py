@@ -349,11 +349,31 @@ def transformer(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def ptq_transformer(rows: Sequence[Row]) -> str:
+    """The transformer at several widths: a row for each variant, a column for each form of it."""
+    forms = [t for t in ("frozen", "executorch", "tflite", "onnx") if any(r["target"] == t for r in rows)]
+    lines = [
+        "## A transformer at several widths, static and dynamic",
+        "",
+        "The same encoder and recordings; accuracy, and bytes of the frozen program's weights or of the file.",
+        "",
+        f"| variant | {' | '.join(forms)} | processor s | peak MB |",
+        f"|---|{'---|' * len(forms)}---|---|",
+    ]
+    for variant in _unique(r["variant"] for r in rows):
+        mine = {r["target"]: r for r in rows if r["variant"] == variant}
+        cells = [f"{mine[t]['accuracy']:.1f}, {mine[t]['bytes']:,}" if t in mine else "" for t in forms]
+        one = next(iter(mine.values()))
+        lines.append(f"| {variant} | {' | '.join(cells)} | {one['processor_s']} | {one['peak_memory_mb']} |")
+    return "\n".join(lines)
+
+
 SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "ptq": ptq,
     "ptq_front": ptq_front,
     "reconstruction": reconstruction,
     "transformer": transformer,
+    "ptq_transformer": ptq_transformer,
     "latency": latency,
     "overhead": overhead,
     "memory": memory,

@@ -26,6 +26,13 @@ from edgekit.targets.cortex_m.project import NAMES, Build, Facts, files, load
 
 __all__ = ["TARGETS", "CortexM", "Options"]
 
+_MERGED = {
+    "qpad": "merged into the convolution's padding",
+    "fold_steps": "free: the order of the input",
+    "repeat_steps": "free: the current is read again in each step",
+}
+"""Operator to what became of a layer without a step."""
+
 PACKED_NOTE = "unpacked while the layer runs: saves flash, not time"
 
 
@@ -198,7 +205,7 @@ def _coverage(program: FrozenProgram, firmware: Firmware) -> tuple[Coverage, ...
             continue
         steps = [s for s in firmware.steps if s.layer == layer.name]
         if not steps:
-            merged = "merged into the convolution's padding" if layer.op == "qpad" else "merged into the order of the weights"
+            merged = _MERGED.get(layer.op, "merged into the order of the weights")
             note = "free: the same bytes" if layer.name in firmware.taps else merged
             rows.append(Coverage(layer.name, "none", "int8", note=note))
         for step in steps:

@@ -33,9 +33,11 @@ CORES = {
     "cortex-m33": "dsp",
     "cortex-m55": "mve",
 }
+QUICK = ("microbit", "mps2-an386", "mps3-an547")
 BOARD_SETS = [
-    *((b, None) for b in ("microbit", "mps2-an385", "mps2-an386", "mps2-an500", "mps2-an505", "mps3-an547")),
-    ("mps3-an547", 0),
+    *((b, None) for b in QUICK),
+    *(pytest.param(b, k, marks=pytest.mark.slow) for b, k in (("mps2-an385", None), ("mps2-an500", None), ("mps2-an505", None))),
+    pytest.param("mps3-an547", 0, marks=pytest.mark.slow),
 ]
 BAND = 2048
 """Bytes of a band in the test firmware: larger layers then take several bands."""

@@ -46,9 +46,9 @@ def in_float(row: Mapping[str, Any]) -> bool:
 
 def integer_layers_in_float(rows: Sequence[Mapping[str, Any]], program: FrozenProgram) -> list[str]:
     """The program's integer layers that a file computes in float, from the file's coverage."""
-    from edgekit.frozen.spiking_ops import FLOAT_OPS
+    from edgekit.frozen.spiking_ops import FLOAT_OPS, MOVING_OPS
 
-    integer = {layer.name for layer in program.layers if layer.op not in {"quantize", "dequantize", *FLOAT_OPS}}
+    integer = {layer.name for layer in program.layers if layer.op not in {"quantize", "dequantize", *FLOAT_OPS, *MOVING_OPS}}
     return [r["layer"] for r in rows if r["layer"] in integer and in_float(r)]
 
 

@@ -51,8 +51,8 @@ from torch.nn import functional as F
 from edgekit.frozen.ops import register
 
 __all__ = [
-    "FLOAT_OPS", "NEURON_OPS", "NO_LEAK", "REAL_OPS", "RESETS", "SPIKING_OPS", "STATEFUL_OPS", "STEP_OPS", "SYNAPSE_OPS", "TIES",
-    "after_spikes", "charge", "current_bounds", "fire", "q15_step", "spikes",
+    "FLOAT_OPS", "MOVING_OPS", "NEURON_OPS", "NO_LEAK", "REAL_OPS", "RESETS", "SPIKING_OPS", "STATEFUL_OPS", "STEP_OPS",
+    "SYNAPSE_OPS", "TIES", "after_spikes", "charge", "current_bounds", "fire", "q15_step", "spikes",
 ]  # fmt: skip
 
 RESETS = ("subtract", "zero", "value")
@@ -76,6 +76,9 @@ REAL_OPS = frozenset(
     {"li_sequence", "cuba_li_sequence", "i_sequence", "accumulate", "lif_charge", "if_charge", "synapse", "fire_reset"}
 )
 """Operators whose output is a float32 real number, not a count."""
+
+MOVING_OPS = frozenset({"repeat_steps", "fold_steps", "unfold_steps", "delay_steps"})
+"""Operators that move steps of any type."""
 
 FLOAT_OPS = (STATEFUL_OPS - {"qlif_sequence"}) | STEP_OPS | {"accumulate"}
 """Operators of float networks."""

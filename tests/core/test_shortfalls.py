@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from spiking_nets import conv_program
 from torch import Tensor, nn
 
 import edgekit
@@ -14,7 +15,7 @@ from edgekit import console
 from edgekit.errors import InputError
 from edgekit.frozen.describe import describe
 from edgekit.report import render
-from edgekit.shortfalls import in_float, named
+from edgekit.shortfalls import in_float, integer_layers_in_float, named
 
 X = torch.randn(64, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -112,3 +113,10 @@ def test_a_shape_that_cannot_be_read_is_shown(shape: str, tmp_path: Path) -> Non
     (tmp_path / "m.py").write_text("from torch import nn\ndef build():\n    return nn.Linear(3, 2)\n")
     with pytest.raises(InputError, match=f"--shape is {shape!r}; expected whole numbers"):
         doctor.examine(f"{tmp_path / 'm.py'}:build", shape=shape)
+
+
+def test_neurons_and_moves_of_steps_are_no_integer_layers() -> None:
+    """They are float where the network is; nothing has become worse in a file."""
+    program, _ = conv_program("lif")
+    rows = [{"layer": layer.name, "runs": "float"} for layer in program.layers]
+    assert integer_layers_in_float(rows, program) == []

@@ -155,26 +155,32 @@ def run_alone(code: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **kept})
 
 
-def test_without_a_compiler_the_error_says_what_to_install(chain: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys, numpy as np\nfrom edgekit.errors import EdgekitError\nfrom edgekit.targets import executorch\n"
-        f"try:\n    executorch.run({str(chain)!r}, [np.load({str(chain.with_suffix('.npy'))!r})])\n"
-        "except EdgekitError as error:\n    print(error)\n    sys.exit(error.exit_code)\n"
-    )
-    done = run_alone(code, EDGEKIT_CACHE=str(tmp_path), CXX="absent-compiler")
-    assert done.returncode == 3, done.stderr[-2000:]
-    assert "absent-compiler is not installed" in done.stdout and "apt-get install" in done.stdout
+def test_without_a_compiler_it_says_so_and_kernels_are_loaded_once(chain: Path, tmp_path: Path) -> None:
+    """First no compiler and an empty cache, then the usual cache, then another: a second copy would end the process."""
+    code = f"""
+import os
+import numpy as np
+from edgekit.errors import MissingTool
+from edgekit.targets import executorch
 
-
-def test_kernels_of_another_folder_are_not_loaded_twice(chain: Path, tmp_path: Path) -> None:
-    code = (
-        "import os, numpy as np\nfrom edgekit.targets import executorch\n"
-        f"x = np.load({str(chain.with_suffix('.npy'))!r})\n"
-        f"first = executorch.run({str(chain)!r}, [x])[0]\nos.environ['EDGEKIT_CACHE'] = {str(tmp_path)!r}\n"
-        f"assert (executorch.run({str(chain)!r}, [x])[0] == first).all()\nprint('fine')\n"
-    )
+x, usual = np.load({str(chain.with_suffix(".npy"))!r}), os.environ.get("EDGEKIT_CACHE")
+os.environ |= {{"CXX": "absent-compiler", "EDGEKIT_CACHE": {str(tmp_path)!r}}}
+try:
+    executorch.run({str(chain)!r}, [x])
+except MissingTool as error:
+    print(error.exit_code, error)
+del os.environ["CXX"], os.environ["EDGEKIT_CACHE"]
+if usual:
+    os.environ["EDGEKIT_CACHE"] = usual
+first = executorch.run({str(chain)!r}, [x])[0]
+os.environ["EDGEKIT_CACHE"] = {str(tmp_path)!r}
+assert (executorch.run({str(chain)!r}, [x])[0] == first).all()
+print("fine")
+"""
     done = run_alone(code)
-    assert (done.returncode, done.stdout.strip()) == (0, "fine"), done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert (done.returncode, lines[-1:]) == (0, ["fine"]), done.stderr[-2000:]
+    assert lines[0].startswith("3 absent-compiler is not installed") and "apt-get install" in lines[0]
     assert not list(tmp_path.iterdir())
 
 

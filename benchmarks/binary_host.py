@@ -4,8 +4,8 @@
 
 For each shape two ExecuTorch files of 2 and of 6 equal layers in a chain, int8 (XNNPACK) and 1-bit (edgekit's kernels, each
 variant that the processor has forced in turn), and the int8 ones for LiteRT. A layer's time is a quarter of the difference: what
-a call costs once (quantize, dequantize, the first sign) falls out. One thread, all files in turn, medians over the rounds. Run it
-on a machine that does nothing else.
+a call costs once (quantize, dequantize, the first sign) falls out. One thread, all files in turn; of each round the fastest of
+ten calls, so that calls which the system interrupted do not count, then the median over the rounds. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -156,10 +156,12 @@ def layer_times(calls: dict[tuple[str, str, int], Callable[[], Any]], rounds: in
                 executorch_binary.choose_variant(key[1])
             for _ in range(3):
                 call()
+            found = []
             for _ in range(10):
                 before = perf_counter_ns()
                 call()
-                times[key].append(perf_counter_ns() - before)
+                found.append(perf_counter_ns() - before)
+            times[key].append(min(found))
     executorch_binary.choose_variant(None)
     medians = {key: float(np.median(t)) / 1e3 for key, t in times.items()}
     return {(k, v): (medians[k, v, LONG] - medians[k, v, SHORT]) / (LONG - SHORT) for k, v, count in calls if count == LONG}

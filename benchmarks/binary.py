@@ -1,6 +1,6 @@
 """Whole networks with 1-bit layers beside int8: accuracy, bytes and, on an emulated Cortex-M4, instructions.
 
-    python benchmarks/binary.py                                  # everything below, about 15 minutes of one core
+    python benchmarks/binary.py                                  # everything below, about 12 minutes of one core
     python benchmarks/binary.py --models mnist --seeds 0         # a part; other rows of the results stay
 
 Each network is trained in float first (ResNet-20: the checkpoint of the examples), then: ``int8``, after training; ``ste``,
@@ -131,7 +131,7 @@ def cifar(images: int, epochs: int) -> Net:
     return Net(Images, part(False, images // 10), part(True, 200), epochs, 0, 2e-3, resnet20.build)
 
 
-NETS: dict[str, tuple[Callable[[int, int], Net], int, int]] = {"mnist": (mnist, 10000, 3), "resnet20": (cifar, 4000, 2)}
+NETS: dict[str, tuple[Callable[[int, int], Net], int, int]] = {"mnist": (mnist, 6000, 3), "resnet20": (cifar, 4000, 2)}
 """How a network is loaded, and its budget: images and epochs."""
 
 

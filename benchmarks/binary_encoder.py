@@ -22,7 +22,8 @@ from subjects import ROOT, arguments, log, write
 from torch import Tensor, nn
 
 from edgekit import Data
-from edgekit.compress.binary.bipft import BinaryEncoder, EncoderTraining, baked, train_encoder
+from edgekit.compress.binary.baked import baked
+from edgekit.compress.binary.bipft import BinaryEncoder, EncoderTraining, train_encoder
 from edgekit.compress.binary.cost import Cost, encoder_cost
 from edgekit.compress.binary.encoder import Encoder, EncoderConfig
 from edgekit.compress.ptq.settings import PTQ

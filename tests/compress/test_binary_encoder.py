@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgekit.compress.binary.baked import baked
 from edgekit.compress.binary.bipft import (
     BinaryEncoder,
     BinaryEncoderLayer,
     BinaryLinear,
     Elastic,
     EncoderTraining,
-    baked,
     binary_weight,
     train_encoder,
 )

@@ -105,7 +105,11 @@ def baked_graph(graph: Graph, choice: Choice, twin: fx.GraphModule) -> Graph:
             assign_tensor(module, name, parameter.detach().clone())
     for node in list(module.graph.nodes):
         if node.name in choice.kinds:
-            _bake(module, node, layers[node.name].baked(), names)
+            layer = layers[node.name]
+            baked = layer.baked()
+            if baked.threshold is not None and _centre(module, node, baked.threshold, layer.spread):  # type: ignore[arg-type]
+                baked = replace(baked, threshold=torch.zeros_like(baked.threshold))
+            _bake(module, node, baked, names)
             if node.name in choice.shortcuts:
                 _add_shortcut(module, node, names)
     module.graph.eliminate_dead_code()
@@ -114,6 +118,32 @@ def baked_graph(graph: Graph, choice: Choice, twin: fx.GraphModule) -> Graph:
     drop_unused_tensors(module)
     module.requires_grad_(False)
     return replace(graph, module=module.eval(), names=names)
+
+
+def _centre(module: fx.GraphModule, node: fx.Node, threshold: Tensor, spread: Tensor) -> bool:
+    """Give the real layer that only this sign reads thresholds of 0 and equal spreads, by its own weights.
+
+    Eight bits for all channels could else tell little on both sides of the threshold of a channel that varies less than others.
+    """
+    source: Any = node.args[0]
+    if source.target not in (ATEN.conv2d.default, ATEN.linear.default) or len(source.users) != 1:
+        return False
+    _, weight, bias, *_ = arguments(source)
+    if (
+        weight.op != "get_attr"
+        or len(weight.users) != 1
+        or not (bias is None or (bias.op == "get_attr" and len(bias.users) == 1))
+    ):
+        return False
+    value = tensor_of(module, weight).detach()
+    scale = spread.double()
+    if bias is None or len(threshold) != len(value):
+        return False
+    shape = (-1, *[1] * (value.dim() - 1))
+    assign_tensor(module, str(weight.target), (value.double() / scale.view(shape)).float())
+    real = tensor_of(module, bias).detach().double()
+    assign_tensor(module, str(bias.target), ((real - threshold.double()) / scale).float())
+    return True
 
 
 def _bake(module: fx.GraphModule, node: fx.Node, baked: Baked, names: dict[str, str]) -> None:

@@ -137,6 +137,7 @@ def make_plan(
         weights[unit.name] = WeightQ(quantize_weight(weight, scale, bits[unit.name]), scale, bits[unit.name], bias.double())
         if not weight.any():
             warnings.append(f"layer {unit.name}: all weights are zero")
+    weights |= {n: replace(weights[n], bias=weights[n].bias - half) for n, half in _before_signs(units, activations).items()}
     return Plan(units, activations, weights, unquantized, tuple(warnings))
 
 
@@ -149,6 +150,13 @@ def _asymmetric(weight: Tensor, bias: Tensor, bits: int, least: Tensor) -> Weigh
     zero = torch.round(bottom - low / scale).clamp(bottom, top)
     q = torch.round(flat / scale.view(-1, 1)).add(zero.view(-1, 1)).clamp(bottom, top)
     return WeightQ(q.view(weight.shape).to(torch.int8), scale, bits, bias.double(), zero.to(torch.int32))
+
+
+def _before_signs(units: Sequence[Unit], activations: Mapping[str, ActQ]) -> dict[str, float]:
+    """Half a step of the output for each weighted layer that only signs at 0 read: its rounding then keeps every sign."""
+    signs = {u.nodes[0] for u in units if u.kind == "binarize" and u.signs is not None and not u.signs.threshold.any()}  # type: ignore[union-attr]
+    found = [u for u in units if u.weight is not None and u.activation == "none" and set(u.output.users) <= signs]
+    return {u.name: activations[u.output.name].scale / 2 for u in found}
 
 
 def _ternary(weight: Tensor, bias: Tensor, least: Tensor) -> WeightQ | None:

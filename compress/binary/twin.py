@@ -80,6 +80,9 @@ def binary_twin(graph: Graph, choice: Choice, settings: Binary, found: Mapping[s
             made = module.graph.call_module(name, (x,))
         node.replace_all_uses_with(made)
         module.graph.erase_node(node)
+    for node in list(module.graph.nodes):
+        if node.target in (ATEN.conv2d.default, ATEN.linear.default) and node.args[1].op == "get_attr":
+            _round_weight(module, node)
     module.graph.eliminate_dead_code()
     module.recompile()
     drop = {n for n, _ in module.named_parameters() if not n.startswith("binary_")}
@@ -88,6 +91,22 @@ def binary_twin(graph: Graph, choice: Choice, settings: Binary, found: Mapping[s
         if name in drop:
             parameter.requires_grad_(parameter.is_floating_point() and name in used)
     return module
+
+
+class _Int8Weight(nn.Module):
+    """A weight as `ptq` will round it by default, straight through: signs behind it are learned for what it will be."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        step = weight.detach().flatten(1).abs().amax(1).clamp(min=1e-9).view(-1, *[1] * (weight.dim() - 1)) / 127
+        return weight + (torch.round(weight.detach() / step) * step - weight.detach())
+
+
+def _round_weight(module: fx.GraphModule, node: fx.Node) -> None:
+    name = f"int8_{node.name}"
+    module.add_submodule(name, _Int8Weight())
+    with module.graph.inserting_before(node):
+        rounded = module.graph.call_module(name, (node.args[1],))
+    node.update_arg(1, rounded)
 
 
 def layers_of(twin: nn.Module) -> dict[str, BinaryLayer]:

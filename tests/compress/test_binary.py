@@ -306,3 +306,24 @@ def test_the_simulation_has_the_programs_own_thresholds() -> None:
     from edgekit.compress.ptq.freeze import freeze
 
     torch.testing.assert_close(freeze(found, plan).run(x)[0], simulate(found, plan)(x), rtol=0, atol=1e-4)
+
+
+def test_rounding_to_eight_bits_keeps_every_sign_of_the_layer_before() -> None:
+    """Against the exact sums of the first layer, scaled: half of the values within half a step below 0 would turn otherwise."""
+    graph, _ = binarize(g := capture(model(), (data().calibration,)), Binary(epochs=1), data(), g)
+    from edgekit.compress.ptq.freeze import freeze
+
+    tensors = dict(graph.module.named_parameters())
+    assert not tensors["a.threshold"].any()
+    program = freeze(*quantize(graph, PTQ(), data()))
+    args, near = program.layer("first").args, 0
+    for i in range(24):
+        seen = program.trace(data().evaluation[0][i : i + 1])
+        x = seen[program.layer("first").inputs[0]].double() - args["in_zp"]
+        sums = F.conv2d(x, args["weight"].double(), padding=1) * (args["in_scale"] * args["weight_scale"].double()).view(-1, 1, 1)
+        real = sums + tensors["first.bias"].double().view(-1, 1, 1)
+        clear = real.abs() > args["in_scale"] * float(args["weight_scale"].max())
+        near += int((clear & (real < 0) & (real > -args["out_scale"] / 2)).sum())
+        found = unpack_signs(seen["a_sign"], 12).movedim(-1, 1)
+        assert torch.equal(found[clear] > 0, (real >= 0)[clear])
+    assert near > 10

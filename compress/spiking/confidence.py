@@ -31,6 +31,7 @@ __all__ = [
     "confidences",
     "exit_of",
     "front",
+    "points_of",
     "replay",
     "run_early",
     "temperature_of",
@@ -50,11 +51,12 @@ class Exit:
 
 @dataclass(frozen=True)
 class Point:
-    """What a threshold gives: mean steps and score."""
+    """What a threshold gives: mean steps, score, and the share of samples that answer as after all steps, in percent."""
 
     threshold: float
     steps: float
     score: float
+    same: float = 100.0
 
 
 def confidences(sums: Tensor, temperature: float) -> Tensor:
@@ -79,16 +81,23 @@ def temperature_of(sums: Tensor, labels: Tensor) -> float:
     return float(grid[int(torch.tensor(losses).argmin())])
 
 
-def front(sums: Tensor, score: Callable[[Tensor], float], temperature: float) -> list[Point]:
-    """The points that no other beats in both steps and score, by rising steps; the last never stops early."""
+def points_of(sums: Tensor, score: Callable[[Tensor], float], temperature: float) -> list[Point]:
+    """What each of many thresholds gives, the last of which never stops early."""
     seen = confidences(sums, temperature)
     grid = [
         *torch.quantile(seen.flatten().double()[:: max(1, seen.numel() // 100_000)], torch.linspace(0, 1, 200).double()).tolist()
     ]
     tried = []
-    for threshold in [*(i / 100 for i in range(30, 100)), *grid, NEVER]:
+    last = sums[-1].argmax(-1)
+    for threshold in [*(i / 100 for i in range(30, 100)), *(1 - 0.01 * 0.7**i for i in range(1, 20)), *grid, NEVER]:
         steps, outputs = replay(sums, Exit(temperature, threshold))
-        tried.append(Point(threshold, float(steps.double().mean()), score(outputs)))
+        same = 100 * float((outputs.argmax(-1) == last).float().mean())
+        tried.append(Point(threshold, float(steps.double().mean()), score(outputs), same))
+    return tried
+
+
+def front(tried: list[Point]) -> list[Point]:
+    """The points that no other beats in both steps and score, by rising steps, and the one that never stops early."""
     kept: list[Point] = []
     for point in sorted(tried, key=lambda p: (p.steps, -p.score)):
         if not kept or point.score > kept[-1].score:
@@ -98,9 +107,14 @@ def front(sums: Tensor, score: Callable[[Tensor], float], temperature: float) ->
 
 
 def choose_threshold(points: list[Point], max_drop: float) -> Point:
-    """The fewest mean steps whose score is within ``max_drop`` of never stopping early."""
+    """The fewest mean steps whose score is within ``max_drop`` of never stopping early, and whose answers are but for as many.
+
+    The score alone would trust that answers which change change both ways as often on other samples; a model knows the ones it
+    was trained on too well for that.
+    """
     last = next(p for p in points if p.threshold == NEVER)
-    return min((p for p in points if p.score >= last.score - max_drop), key=lambda p: (p.steps, -p.score))
+    fine = [p for p in points if p.score >= last.score - max_drop - 1e-9 and p.same >= 100 - max_drop - 1e-4]
+    return min(fine, key=lambda p: (p.steps, -p.score))
 
 
 def choose_exit(
@@ -114,8 +128,8 @@ def choose_exit(
     sums = _sums(net, choosing)
     assert choosing.labels is not None and judge.labels is not None
     temperature = temperature_of(sums, choosing.labels)
-    points = front(sums, choosing.score, temperature)
-    chosen = choose_threshold(points, how.max_drop)
+    tried = points_of(sums, choosing.score, temperature)
+    points, chosen = front(tried), choose_threshold(tried, how.max_drop)
     rule = Exit(temperature, chosen.threshold)
     tested = _sums(net, judge)
     steps, outputs = replay(tested, rule)

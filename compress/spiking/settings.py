@@ -18,8 +18,8 @@ class EarlyExit:
     """Dynamic Confidence (Li et al. 2023): a sample stops at the first step whose confidence exceeds a threshold.
 
     Attributes:
-        max_drop: largest loss of the task metric on labelled training samples, in points; of agreement with the last step on
-            calibration samples where there are no labels.
+        max_drop: largest loss of the task metric, and largest share of answers that differ from those after all steps, in points,
+            on held-out training samples; on calibration samples where there are no labels.
         samples: samples that the threshold is chosen on.
     """
 

@@ -17,6 +17,7 @@ from edgekit.compress.spiking.confidence import (
     confidences,
     exit_of,
     front,
+    points_of,
     replay,
     run_early,
     temperature_of,
@@ -54,13 +55,16 @@ def test_a_constant_on_all_outputs_changes_nothing() -> None:
 def test_the_front_is_sorted_and_nothing_on_it_is_beaten() -> None:
     sums, labels = recorded()
     score = lambda out: 100 * float((out.argmax(1) == labels).float().mean())  # noqa: E731
-    points = front(sums, score, temperature_of(sums, labels))
+    tried = points_of(sums, score, temperature_of(sums, labels))
+    points = front(tried)
     for i, p in enumerate(points[:-1]):
         assert p.steps < points[i + 1].steps and (p.score < points[i + 1].score or points[i + 1].threshold == NEVER)
     never = next(p for p in points if p.threshold == NEVER)
     assert never.score == score(sums[-1]) and never.steps == 20
-    chosen = choose_threshold(points, 0.0)
-    assert chosen.score >= never.score and chosen.steps < never.steps
+    chosen = choose_threshold(tried, 5.0)
+    assert chosen.score >= never.score - 5 and chosen.same >= 94.9 and chosen.steps < never.steps
+    strict = choose_threshold(tried, 0.0)
+    assert strict.score >= never.score and strict.same == 100 and strict.steps >= chosen.steps
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ operators: with weights -2 and +2 and the bias ``1 - 2 * threshold`` its sum is 
 multiplier sends it to -128 or 127, in every rounding; and adding that to itself at scale 1/254 gives -1 or +1. The sign of an
 int8 tensor is the same with a 1x1 depthwise convolution. Products of signs are computed in float32, which is exact for them.
 
-Weights fit 2 and 4 bits and are stored so where the target packs them, else in 8: never in 1. The first operator of a pair is
-called ``<layer>.sum``; :func:`rows` and :func:`layer_of` lead back to the program's own layers.
+Weights fit 4 bits and are stored so where the target packs them, else in 8: never in 1 (2 would do for some, but few runtimes
+load that). The first operator of a pair is called ``<layer>.sum``; :func:`rows` and :func:`layer_of` lead back to the program's
+own layers.
 """
 
 from __future__ import annotations
@@ -215,7 +216,7 @@ def _qconv(e: _Editor, args: Mapping[str, Any]) -> tuple[fx.Node, bool]:
     x, count = e.operand(args["x"], True), args["channels"] // args["groups"]
     ends = [args[k] for k in ("out_scale", "out_zp", "activation", "stride", "padding", "dilation", "groups")]
     constants = (e.constant(_weight(e, count, 1)), args["weight_scale"], args["bias"])
-    return e.call(OPS.qconv2d.default, x, *constants, *_SIGN, *ends, 2, args["out_bits"], last=True), False
+    return e.call(OPS.qconv2d.default, x, *constants, *_SIGN, *ends, 4, args["out_bits"], last=True), False
 
 
 def _linear(e: _Editor, args: Mapping[str, Any]) -> tuple[fx.Node, bool]:
@@ -230,7 +231,7 @@ def _qlinear(e: _Editor, args: Mapping[str, Any]) -> tuple[fx.Node, bool]:
     x = e.operand(args["x"], False)
     constants = (e.constant(_weight(e, args["features"], 1)), args["weight_scale"], args["bias"])
     ends = (args["out_scale"], args["out_zp"], args["activation"])
-    return e.call(OPS.qlinear.default, x, *constants, *_SIGN, *ends, 2, args["out_bits"], last=True), False
+    return e.call(OPS.qlinear.default, x, *constants, *_SIGN, *ends, 4, args["out_bits"], last=True), False
 
 
 def _qmatmul(e: _Editor, args: Mapping[str, Any]) -> tuple[fx.Node, bool]:

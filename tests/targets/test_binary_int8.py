@@ -98,7 +98,7 @@ def test_files_equal_the_program_in_every_1_bit_layer(kind: type[nn.Module], tar
     for name, layer in binary.items():
         assert "no 1-bit kernels here" in table[name].note and table[name].macs == layer.macs
         if layer.weight_bits == 1:
-            assert table[name].storage in ("int2", "int4", "int8")
+            assert table[name].storage in ("int4", "int8")
 
 
 def test_what_it_is_stored_as_is_said(tmp_path: Path) -> None:
@@ -113,8 +113,7 @@ def test_what_it_is_stored_as_is_said(tmp_path: Path) -> None:
     facts = {"target": "onnx", "coverage": [asdict(row) for row in artifact.coverage]}
     (tmp_path / "export_onnx.json").write_text(json.dumps(facts))
     said = shortfalls(tmp_path)
-    assert "onnx: weights below 8 bits of 3 layers are stored as int4: conv1, conv2, conv3" in said
-    assert "onnx: weights below 8 bits of 1 layer are stored as int2: conv4" in said
+    assert "onnx: weights below 8 bits of 4 layers are stored as int4: conv1, conv2, conv3 and 1 more" in said
 
 
 def test_an_altered_threshold_is_named_by_its_layer(tmp_path: Path) -> None:

@@ -19,7 +19,18 @@ Fire = Callable[[Tensor, Tensor, str, int], Tensor]
 
 _ATEN: Any = torch.ops.aten
 
-UNLOWERED = frozenset({"qlif_sequence", "spiking_linear", "spiking_conv2d", "qaccumulate", "spike_sum_pool2d", "delay_steps"})
+UNLOWERED = frozenset(
+    {
+        "qlif_sequence",
+        "spiking_linear",
+        "spiking_conv2d",
+        "add_currents",
+        "add_spikes",
+        "qaccumulate",
+        "spike_sum_pool2d",
+        "delay_steps",
+    }
+)
 """Spiking operators without a rule: the integer form, which firmware runs, and delays."""
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module
 
-__all__ = ["STEPS", "conv_program", "dense_program", "neuron"]
+__all__ = ["STEPS", "Conv", "Dense", "Residual", "conv_program", "dense_program", "neuron", "residual_program"]
 
 STEPS = 8
 
@@ -49,6 +49,37 @@ class Conv(nn.Module):
         return out
 
 
+class Residual(nn.Module):
+    """Sums into neurons and the readout: spikes that skip a layer, an amplitude for each channel; two layers; two and a skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.encode = FrozenOp("repeat_steps", 1, {}, steps=STEPS)
+        self.stem, self.spike0 = nn.Conv2d(1, 6, 3, padding=1), neuron("if")
+        self.conv1, self.spike1 = nn.Conv2d(6, 6, 3, padding=1), neuron("if", v_threshold=0.3)
+        self.conv2, self.short2, self.spike2 = nn.Conv2d(6, 7, 3, 2, 1), nn.Conv2d(6, 7, 1, 2), neuron("lif", v_threshold=0.4)
+        self.conv3, self.conv4, self.spike3 = (
+            nn.Conv2d(7, 7, 3, 1, 1, groups=7),
+            nn.Conv2d(7, 7, 1),
+            neuron("if", v_threshold=0.4),
+        )
+        self.head, self.second = nn.Linear(7 * 16, 5), nn.Linear(7 * 16, 5)
+        self.mean = FrozenOp("accumulate", 1, {}, gain=1 / STEPS, steps=STEPS)
+        self.amplitude: Tensor
+        self.register_buffer("amplitude", torch.linspace(0.3, 0.9, 6).reshape(6, 1, 1))
+        with torch.no_grad():
+            self.stem.weight.mul_(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.spike0(self.stem(self.encode(x)))
+        y = self.spike1(self.conv1(y) + y * self.amplitude)
+        y = self.spike2(self.conv2(y) + self.short2(y))
+        z = self.spike3(self.conv3(y) + self.conv4(y) + y * 0.5)
+        out: Tensor = self.mean(self.head(z.flatten(1)) + self.second(y.flatten(1)))
+        return out
+
+
 class Dense(nn.Module):
     """Sequences (N, T, 6) through two layers of neurons; the spikes of all steps."""
 
@@ -72,6 +103,12 @@ def conv_program(kind: str = "if", **changes: Any) -> tuple[FrozenProgram, Tenso
     """The program of :class:`Conv` and 4 samples."""
     x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     return freeze_module(Conv(kind, **changes), (x,), name="conv"), x
+
+
+def residual_program() -> tuple[FrozenProgram, Tensor]:
+    """The program of :class:`Residual` and 4 samples."""
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(6))
+    return freeze_module(Residual(), (x,), name="residual"), x
 
 
 def dense_program(kind: str = "lif", **changes: Any) -> tuple[FrozenProgram, Tensor]:

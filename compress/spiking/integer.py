@@ -8,6 +8,8 @@ What is folded where:
 * the unit of current of an output channel is its weight scale, thresholds and initial membranes are in that unit. The unit is the
   smallest at which the largest weight fits its bits, no partial sum of currents can leave int16 whatever the spikes
   (:func:`edgekit.frozen.spiking_ops.current_bounds`), and a threshold takes a quarter of int16's range;
+* currents of several layers into the same neurons (residual sums) get one unit for each channel, and one proof for their sum; a
+  spike that skips the layers adds its amplitude in units, in 16 bits, which costs the weights none of theirs;
 * a first layer with real-valued input is an ordinary integer layer with 16-bit outputs, its unit chosen on calibration samples;
 * the readout has one unit for all outputs, and is an int32 sum.
 """
@@ -15,7 +17,7 @@ What is folded where:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from torch import Tensor, fx, nn
 
 from edgekit.compress.ptq.freeze import bias_integers
 from edgekit.compress.spiking.integer_cells import THRESHOLD_MAX, Cell, bounds, compact, fitting_unit, rounded
+from edgekit.compress.spiking.integer_sums import joint
 from edgekit.errors import ModelError
 from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module
 from edgekit.frozen.ops import integer_range
@@ -97,6 +100,7 @@ class _Signal:
         zero_point: of a real-valued input.
         low, high: least and largest integer of spikes; None for a real-valued input.
         shape: of a sample.
+        gains: for each channel, where that is not one number; only sums take such a value.
     """
 
     node: fx.Node
@@ -105,6 +109,7 @@ class _Signal:
     zero_point: int = 0
     low: int = 0
     high: int | None = 1
+    gains: Tensor | None = None
 
 
 class _Integer:
@@ -118,6 +123,9 @@ class _Integer:
         self.root, self.out = nn.Module(), fx.Graph()
         self.signals: dict[str, _Signal] = {}
         self.currents: dict[str, tuple[fx.Node, Tensor]] = {}  # of a layer with weights: int16 node, unit of each channel
+        self.branches: dict[
+            str, tuple[Any, _Signal, Tensor, Tensor]
+        ] = {}  # of a sum: node, input, weight and bias as real numbers
         self.layers: list[IntegerLayer] = []
 
     def build(self, name: str) -> tuple[FrozenProgram, tuple[IntegerLayer, ...]]:
@@ -142,14 +150,14 @@ class _Integer:
             self._input(name)
             return
         sources = self.flat.sources[name]
-        if len(sources) != 1:
-            raise self._refused(name, f"it sums {', '.join(sources)}; integer currents are of one layer each")
+        if len(sources) != 1 and what not in (*_NEURONS, "Output"):
+            raise self._refused(name, f"it gets the sum of {', '.join(sources)}; integer sums are into neurons or the readout")
         if what == "Output":
-            self._output(name, sources[0])
+            self._output(name, sources)
         elif what in _SYNAPSES:
             self._synapse(name, node, self._signal(name, sources[0]))
         elif what in _NEURONS:
-            self._neuron(name, node, sources[0])
+            self._neuron(name, node, sources)
         elif what in ("AvgPool2d", "SumPool2d"):
             self._pool(name, node, self._signal(name, sources[0]))
         elif what == "Flatten":
@@ -164,6 +172,10 @@ class _Integer:
     def _signal(self, name: str, source: str) -> _Signal:
         if source not in self.signals:
             raise self._refused(name, f"it follows {source}, whose current goes to neurons or the readout only")
+        if self.signals[source].gains is not None:
+            raise self._refused(
+                name, f"{source} scales by more than one number; put the scale into the weights of the layer after it"
+            )
         return self.signals[source]
 
     def _add(self, name: str, part: nn.Module, *inputs: fx.Node) -> fx.Node:
@@ -208,10 +220,13 @@ class _Integer:
         return x.high is None and self.facts["encoding"] == "repeat"
 
     def _scale(self, name: str, node: Any, x: _Signal) -> None:
-        factor = np.unique(np.asarray(node.scale, np.float64))
-        if len(factor) != 1 or x.high is None:
-            raise self._refused(name, "it scales by more than one number; put the scale into the weights of the layer after it")
-        self.signals[name] = _Signal(x.node, x.scale * float(factor[0]), x.shape, x.zero_point, x.low, x.high)
+        factor = np.broadcast_to(np.asarray(node.scale, np.float64), x.shape).reshape(x.shape[0], -1)
+        if x.high is None or np.any(factor != factor[:, :1]):
+            raise self._refused(name, "it scales real values, or differs within a channel; put the scale into the layer after it")
+        if np.all(factor == factor[0, 0]):
+            self.signals[name] = replace(x, scale=x.scale * float(factor[0, 0]))
+        else:
+            self.signals[name] = replace(x, gains=torch.from_numpy(factor[:, 0].copy()))
 
     def _pool(self, name: str, node: Any, x: _Signal) -> None:
         kernel = pair(node.kernel_size)
@@ -245,6 +260,9 @@ class _Integer:
         bias = torch.from_numpy(np.asarray(getattr(node, "bias", np.zeros(len(weight))), np.float64))
         if weight.dim() == 3:
             raise self._refused(name, "it has a matrix for each row of its input")
+        if len(self.flat.sources[after[0]]) > 1:
+            self.branches[name] = node, x, weight, bias
+            return
         neuron = Cell.of(after[0], target, self.dt, self._refused) if kind(target) in _NEURONS else None
         if neuron is not None:
             gain = neuron.gain.reshape(-1)
@@ -253,11 +271,7 @@ class _Integer:
         made = self._analogue if x.high is None else self._spiking
         node_, unit, currents = made(name, node, x, weight, bias, neuron)
         self.currents[name] = (node_, unit)
-        thresholds = None if neuron is None else neuron.integers(unit)["threshold"]
-        span = None if thresholds is None else (int(thresholds.min()), int(thresholds.max()))
-        to = "" if neuron is None else after[0]
-        units = float(unit.min()), float(unit.max())
-        self.layers.append(IntegerLayer(name, to, self.bits, units, span, currents))
+        self.layers.append(self._row(name, after[0], neuron, unit, currents))
 
     def _spiking(
         self, name: str, node: Any, x: _Signal, weight: Tensor, bias: Tensor, neuron: Cell | None
@@ -265,15 +279,54 @@ class _Integer:
         counts, threshold = (x.low, int(x.high or 1)), None if neuron is None else neuron.largest(len(weight))
         unit = fitting_unit(weight, bias, self.bits, counts, threshold)
         integers, offsets = rounded(weight, bias, unit, self.bits)
-        buffers = {"weight": integers, "weight_scale": unit.float(), "bias": offsets.to(torch.int16)}
-        rules: dict[str, Any] = {"spikes_max": counts[1], "weight_bits": self.bits}
+        return self._currents(name, node, x, integers, offsets, unit), unit, bounds(integers, offsets, counts)
+
+    def _currents(self, name: str, node: Any, x: _Signal, weight: Tensor, bias: Tensor, unit: Tensor) -> fx.Node:
+        buffers = {"weight": weight, "weight_scale": unit.float(), "bias": bias.to(torch.int16)}
+        rules: dict[str, Any] = {"spikes_max": int(x.high or 1), "weight_bits": self.bits}
         op = "spiking_linear" if weight.dim() == 2 else "spiking_conv2d"
         geometry = {} if weight.dim() == 2 else self._geometry(name, node)
-        return (
-            self._add(name, FrozenOp(op, 1, buffers, **geometry, **rules), x.node),
-            unit,
-            bounds(integers, offsets, counts),
-        )
+        return self._add(name, FrozenOp(op, 1, buffers, **geometry, **rules), x.node)
+
+    def _summed(self, name: str, sources: Sequence[str], cell: Cell | None) -> tuple[fx.Node, Tensor]:
+        """The int16 sum of several layers' currents and of spikes that skip them, and the unit of each channel."""
+        layers = [s for s in sources if s in self.branches]
+        skips = {s: self.signals[s] for s in sources if s in self.signals}
+        inputs = [*(self.branches[s][1] for s in layers), *skips.values()]
+        for source, x in zip([*layers, *skips], inputs, strict=True):
+            if x.high is None:
+                raise self._refused(
+                    name, f"it sums the current of {source}, whose input is no spikes; put neurons before the sum"
+                )
+        if not layers or len(inputs) != len(sources):
+            raise self._refused(name, f"it sums {', '.join(sources)}; at least one must be a layer with weights, the rest spikes")
+        weights, bias = [self.branches[s][2] for s in layers], torch.stack([self.branches[s][3] for s in layers]).sum(0)
+        ones = torch.ones(len(bias), dtype=torch.float64)
+        gain = ones if cell is None else cell.gain.reshape(-1)
+        if any(x.shape[0] != len(bias) or (cell is not None and x.shape != cell.shape) for x in skips.values()):
+            raise self._refused(name, f"it sums {', '.join(sources)}, which differ in shape")
+        if cell is not None:
+            weights = [w * gain.reshape(-1, *[1] * (w.dim() - 1)) for w in weights]
+            bias = bias * gain + cell.drive.reshape(-1)
+        direct = [x.scale * (ones if x.gains is None else x.gains) * gain for x in skips.values()]
+        counts = min(x.low for x in inputs), max(int(x.high or 1) for x in inputs)
+        made = joint(weights, bias, direct, self.bits, counts, None if cell is None else cell.largest(len(bias)))
+        total: fx.Node | None = None
+        for source, weight, offset in zip(layers, made.weights, made.biases, strict=True):
+            current = self._currents(source, *self.branches[source][:2], weight, offset, made.unit)
+            total = current if total is None else self._add(f"{source}_sum", FrozenOp("add_currents", 2, {}), total, current)
+        assert total is not None
+        for source, amplitude in zip(skips, made.amplitudes, strict=True):
+            part = FrozenOp("add_spikes", 2, {"amplitude": amplitude.to(torch.int16)})
+            total = self._add(f"{name}_from_{source}".replace(".", "_"), part, total, skips[source].node)
+        self.layers += [self._row(s, name, cell, made.unit, made.bounds) for s in layers]
+        return total, made.unit
+
+    def _row(self, layer: str, to: str, cell: Cell | None, unit: Tensor, currents: tuple[int, int]) -> IntegerLayer:
+        thresholds = None if cell is None else cell.integers(unit)["threshold"]
+        span = None if thresholds is None else (int(thresholds.min()), int(thresholds.max()))
+        units = float(unit.min()), float(unit.max())
+        return IntegerLayer(layer, "" if cell is None else to, self.bits, units, span, currents)
 
     def _analogue(
         self, name: str, node: Any, x: _Signal, weight: Tensor, bias: Tensor, neuron: Cell | None
@@ -310,19 +363,22 @@ class _Integer:
         padding, groups = [p for p, _ in pads], int(node.groups)
         return {"stride": list(pair(node.stride)), "padding": padding, "dilation": list(dilation), "groups": groups}
 
-    def _neuron(self, name: str, node: Any, source: str) -> None:
-        if source not in self.currents:
-            raise self._refused(name, f"it gets its current from {source}, which has no weights; integer neurons follow a layer")
-        current, unit = self.currents[source]
+    def _neuron(self, name: str, node: Any, sources: Sequence[str]) -> None:
         cell = Cell.of(name, node, self.dt, self._refused)
+        if len(sources) == 1 and sources[0] not in self.currents:
+            raise self._refused(
+                name, f"it gets its current from {sources[0]}, which has no weights; integer neurons follow a layer"
+            )
+        current, unit = self.currents[sources[0]] if len(sources) == 1 else self._summed(name, sources, cell)
         buffers = {key: compact(value).to(torch.int16) for key, value in cell.integers(unit).items()}
         rules: dict[str, Any] = {"steps": self.steps, "reset": cell.reset, "max_spikes": cell.max_spikes}
         made = self._add(name, FrozenOp("qlif_sequence", 1, buffers, **rules), current)
         self.signals[name] = _Signal(made, 1.0, cell.shape, 0, 0, cell.max_spikes)
 
-    def _output(self, name: str, source: str) -> None:
-        if source in self.currents:
-            node, unit = self.currents[source]
+    def _output(self, name: str, sources: Sequence[str]) -> None:
+        source = sources[0]
+        if len(sources) > 1 or source in self.currents:
+            node, unit = self.currents[source] if len(sources) == 1 else self._summed(name, sources, None)
             scale = float(unit[0])
         elif self.signals[source].high is not None:
             node, scale = self.signals[source].node, self.signals[source].scale

@@ -15,7 +15,7 @@ from edgekit.frozen.ops import integer_range
 from edgekit.frozen.spiking_ops import NO_LEAK, current_bounds
 from edgekit.nir.semantics import kind, rule
 
-__all__ = ["THRESHOLD_MAX", "Cell", "bounds", "compact", "fitting_unit", "rounded"]
+__all__ = ["THRESHOLD_MAX", "Cell", "bounds", "compact", "fitting_unit", "in_units", "rounded"]
 
 THRESHOLD_MAX = 8192
 """Largest threshold in units: a membrane may hold three more before it saturates."""
@@ -101,8 +101,18 @@ def bounds(weight: Tensor, bias: Tensor, spikes: tuple[int, int]) -> tuple[int, 
     return current_bounds(weight, bias, spikes[1], spikes[0])
 
 
-def fitting_unit(weight: Tensor, bias: Tensor, bits: int, spikes: tuple[int, int], threshold: Tensor | None) -> Tensor:
-    """The unit of each channel, float64; one for all where there is no threshold (a readout)."""
+def in_units(direct: Tensor, unit: Tensor) -> Tensor:
+    """What spikes of shortcuts add (O, n), in units, int64."""
+    return torch.round(direct / unit[:, None]).to(torch.int64)
+
+
+def fitting_unit(
+    weight: Tensor, bias: Tensor, bits: int, spikes: tuple[int, int], threshold: Tensor | None, direct: Tensor | None = None
+) -> Tensor:
+    """The unit of each channel, float64; one for all where there is no threshold (a readout).
+
+    ``direct`` (O, n): what spikes of shortcuts add, held in 16 bits.
+    """
     unit = (weight.flatten(1).abs().amax(1) / integer_range(bits)[1]).clamp(min=1e-12)
     if threshold is not None:
         unit = torch.maximum(unit, threshold / THRESHOLD_MAX)
@@ -112,7 +122,9 @@ def fitting_unit(weight: Tensor, bias: Tensor, bits: int, spikes: tuple[int, int
     while True:
         unit = unit.float().double()  # what is stored
         integers, offsets = rounded(weight, bias, unit, bits)
-        spans = [bounds(w[None], b[None], spikes) for w, b in zip(integers, offsets, strict=True)]
+        every = integers.flatten(1).long()
+        every = every if direct is None else torch.cat([every, in_units(direct, unit)], 1)
+        spans = [bounds(w[None], b[None], spikes) for w, b in zip(every, offsets, strict=True)]
         over = torch.tensor([max(-low / 32768, high / 32767) for low, high in spans], dtype=torch.float64)
         over = over if threshold is not None else over.max().expand(len(over))
         if float(over.max()) <= 1:

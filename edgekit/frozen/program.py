@@ -21,7 +21,7 @@ from edgekit.errors import ModelError
 from edgekit.frozen import ops
 from edgekit.frozen.binary_ops import PACKED_OPS
 from edgekit.frozen.float_layers import FloatLayer, float_layers
-from edgekit.frozen.spiking_ops import NEURON_OPS, SPIKING_OPS, STATEFUL_OPS, SYNAPSE_OPS
+from edgekit.frozen.spiking_ops import CURRENT_OPS, NEURON_OPS, SPIKING_OPS, STATEFUL_OPS, SYNAPSE_OPS
 
 __all__ = ["FrozenOp", "FrozenProgram", "Layer", "Unquantized", "freeze_module"]
 
@@ -93,7 +93,7 @@ class Layer:
             return 1
         if self.op in NEURON_OPS:
             return int(self.args["max_spikes"]).bit_length()
-        if self.op in SYNAPSE_OPS:
+        if self.op in CURRENT_OPS:
             return 16
         return None if self.out_scale is None else int(self.args.get("out_bits", self.args.get("bits", 8)))
 
@@ -115,6 +115,7 @@ class Layer:
         if self.op in STATEFUL_OPS:
             return sum(value.numel() for value in self.args.values() if isinstance(value, Tensor))
         others = sum(self.args[k].numel() for k in ("bias", "threshold") if isinstance(self.args.get(k), Tensor))
+        others += self.args["amplitude"].numel() if self.op == "add_spikes" else 0
         weight = self.args.get("weight")
         return int(others) + (len(weight) * self._products(weight) if isinstance(weight, Tensor) else 0)
 

@@ -35,8 +35,10 @@ The same in single steps, for programs with the state as input and output and fo
 The current is that of ``spiking_linear`` or ``spiking_conv2d``: ``bias[o] + sum(weight * x)`` over int8 spikes, in int16, exact
 because no partial sum leaves int16 (:func:`current_bounds`; whoever makes a program proves it). ``weight_scale[o]`` is what one
 unit of current stands for; it takes no part in the arithmetic, thresholds are in the same unit. ``spikes_max`` is the largest
-spike count in the input. A first layer with analogue input is a ``qconv2d`` or ``qlinear`` with ``out_bits`` 16. ``qaccumulate``
-sums int16 currents over the steps into int32.
+spike count in the input. Currents into the same neurons have one unit: ``add_currents`` sums two of them, ``add_spikes`` adds
+``amplitude[c] * s`` of spikes that reach neurons directly (a shortcut), amplitude int16. Their sums fit int16 too, whatever the
+spikes; whoever makes a program proves it for all branches together. A first layer with analogue input is a ``qconv2d``
+or ``qlinear`` with ``out_bits`` 16. ``qaccumulate`` sums int16 currents over the steps into int32.
 """
 
 from __future__ import annotations
@@ -51,8 +53,8 @@ from torch.nn import functional as F
 from edgekit.frozen.ops import register
 
 __all__ = [
-    "FLOAT_OPS", "MOVING_OPS", "NEURON_OPS", "NO_LEAK", "REAL_OPS", "RESETS", "SPIKING_OPS", "STATEFUL_OPS", "STEP_OPS",
-    "SYNAPSE_OPS", "TIES", "after_spikes", "charge", "current_bounds", "fire", "q15_step", "spikes",
+    "CURRENT_OPS", "FLOAT_OPS", "MOVING_OPS", "NEURON_OPS", "NO_LEAK", "REAL_OPS", "RESETS", "SPIKING_OPS", "STATEFUL_OPS",
+    "STEP_OPS", "SYNAPSE_OPS", "TIES", "after_spikes", "charge", "current_bounds", "fire", "q15_step", "spikes",
 ]  # fmt: skip
 
 RESETS = ("subtract", "zero", "value")
@@ -69,6 +71,9 @@ STATEFUL_OPS = NEURON_OPS | {"li_sequence", "cuba_li_sequence", "i_sequence"}
 SYNAPSE_OPS = frozenset({"spiking_linear", "spiking_conv2d"})
 """Integer layers from spikes to currents."""
 
+CURRENT_OPS = SYNAPSE_OPS | {"add_currents", "add_spikes"}
+"""Operators whose output is an int16 current."""
+
 STEP_OPS = frozenset({"lif_charge", "if_charge", "synapse", "fire", "fire_reset"})
 """Single steps of float neurons."""
 
@@ -84,7 +89,7 @@ FLOAT_OPS = (STATEFUL_OPS - {"qlif_sequence"}) | STEP_OPS | {"accumulate"}
 """Operators of float networks."""
 
 _TIME_OPS = {"repeat_steps", "fold_steps", "unfold_steps", "delay_steps", "accumulate", "qaccumulate", "spike_sum_pool2d"}
-SPIKING_OPS = STATEFUL_OPS | SYNAPSE_OPS | STEP_OPS | _TIME_OPS
+SPIKING_OPS = STATEFUL_OPS | CURRENT_OPS | STEP_OPS | _TIME_OPS
 """All operators of this module."""
 
 
@@ -333,6 +338,16 @@ def _spiking_conv2d(
     return y.clamp(-32768, 32767).to(torch.int16)
 
 
+def _add_currents(a: Tensor, b: Tensor) -> Tensor:
+    return (a.to(torch.int32) + b.to(torch.int32)).clamp(-32768, 32767).to(torch.int16)
+
+
+def _add_spikes(x: Tensor, s: Tensor, amplitude: Tensor) -> Tensor:
+    """``amplitude``: (C,) of the second dimension."""
+    each = amplitude.to(torch.int32).reshape(-1, *[1] * (x.dim() - 2))
+    return (x.to(torch.int32) + each * s.to(torch.int32)).clamp(-32768, 32767).to(torch.int16)
+
+
 def _spike_sum_pool2d(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     """Sum of spikes under a window, int8; padding adds none."""
     summed: Tensor = F.avg_pool2d(x.double(), list(kernel), list(stride), list(padding), divisor_override=1)
@@ -395,6 +410,8 @@ for _name, _reference, _fake in (
     ("fire_reset", _fire_reset, _same),
     ("spiking_linear", _spiking_linear, lambda x, w, *_: x.new_empty((*x.shape[:-1], w.shape[0]), dtype=torch.int16)),
     ("spiking_conv2d", _spiking_conv2d, _spiking_conv2d),
+    ("add_currents", _add_currents, _same),
+    ("add_spikes", _add_spikes, _same),
     ("spike_sum_pool2d", _spike_sum_pool2d, _spike_sum_pool2d),
     ("repeat_steps", _repeat_steps, lambda x, steps: x.new_empty((steps * x.shape[0], *x.shape[1:]))),
     ("fold_steps", _fold_steps, lambda x: x.new_empty((x.shape[0] * x.shape[1], *x.shape[2:]))),

@@ -209,5 +209,6 @@ REMEDIES = {
     "sub": "put the constant into the bias of the layer before",
     "add": "put the constant into the bias of the layer before",
     **dict.fromkeys(("qlif_sequence", "spiking_linear", "spiking_conv2d", "qaccumulate", "qconv2d", "qlinear"), _INTEGER),
+    **dict.fromkeys(("add_currents", "add_spikes"), _INTEGER),
 }
 """What to do about an operator without a rule."""

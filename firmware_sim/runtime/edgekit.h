@@ -178,6 +178,9 @@ typedef struct {
     uint16_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left;
 } ek_spike_pool;
 void ek_spike_pool_s8(const ek_spike_pool *p, const int8_t *x, int8_t *y);                     /* sums of spikes */
+void ek_add_currents_s16(const int16_t *a, const int16_t *b, int16_t *y, uint32_t n);         /* y = sat16(a + b); y may be a or b */
+/* y = sat16(x + amplitude[i % channels] * s), only where there are spikes; y may be x. n is a multiple of channels. */
+void ek_add_spikes_s16(const int16_t *x, const int8_t *s, int16_t *y, const int16_t *amplitude, uint32_t n, uint32_t channels);
 void ek_accumulate_s16(const int16_t *x, int32_t *y, uint32_t n, uint32_t steps);              /* y = sum over the steps */
 
 /* ---- Elementwise. In place: y may be a (not b). b repeats every b_n elements (n is a multiple of b_n): b_n = n without broadcast,

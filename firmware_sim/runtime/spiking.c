@@ -258,3 +258,14 @@ EK_NOINLINE void ek_accumulate_s16(const int16_t *x, int32_t *y, uint32_t n, uin
         y[i] = sum;
     }
 }
+
+EK_NOINLINE void ek_add_currents_s16(const int16_t *a, const int16_t *b, int16_t *y, uint32_t n) {
+    for (uint32_t i = 0; i < n; i++) y[i] = (int16_t)saturated(a[i] + b[i]);
+}
+
+EK_NOINLINE void ek_add_spikes_s16(const int16_t *x, const int8_t *s, int16_t *y, const int16_t *amplitude, uint32_t n, uint32_t channels) {
+    if (y != x) ek_copy((int8_t *)y, (const int8_t *)x, 2 * n);
+    for (uint32_t i = 0; i < n; i += channels, s += channels, y += channels)
+        for (uint32_t c = 0; c < channels; c++)
+            if (s[c]) y[c] = (int16_t)saturated(y[c] + s[c] * amplitude[c]);
+}

@@ -92,6 +92,15 @@ def _accumulate(step: Step) -> list[Call]:
     return [Call("ek_accumulate_s16", ("$x0", "$y", str(step.values["n"]), str(step.values["steps"])))]
 
 
+def _add_currents(step: Step) -> list[Call]:
+    return [Call("ek_add_currents_s16", ("$x0", "$x1", "$y", str(step.values["n"])))]
+
+
+def _add_spikes(step: Step) -> list[Call]:
+    sizes = (str(step.values["n"]), str(len(step.arrays["amplitude"])))
+    return [Call("ek_add_spikes_s16", ("$x0", "$x1", "$y", "$amplitude", *sizes))]
+
+
 def _scratch(step: Step, kernel_set: str) -> int:
     return sim.spiking_scratch(step.values["kernel"], step.values["in"][2], step.values["groups"])
 
@@ -106,6 +115,8 @@ KERNELS: dict[str, Kernel] = {
     "current": Kernel(_current, _current_constants),
     "spike_pool": Kernel(_pool),
     "accumulate": Kernel(_accumulate),
+    "add_currents": Kernel(_add_currents, in_place=(0, 1)),
+    "add_spikes": Kernel(_add_spikes, lambda step: [Constant("amplitude", step.arrays["amplitude"], "int16_t")], in_place=(0,)),
 }
 """Rows of the table of kernels."""
 
@@ -179,11 +190,28 @@ def _accumulate_reference(step: Step, inputs: Sequence[Bytes]) -> Bytes:
     return result
 
 
+def _int16(values: NDArray[np.int64]) -> Bytes:
+    return np.clip(values, -32768, 32767).astype("<i2").reshape(-1).view(np.int8)
+
+
+def _add_currents_reference(step: Step, inputs: Sequence[Bytes]) -> Bytes:
+    a, b = (x.view("<i2").astype(np.int64) for x in inputs)
+    return _int16(a + b)
+
+
+def _add_spikes_reference(step: Step, inputs: Sequence[Bytes]) -> Bytes:
+    amplitude = step.arrays["amplitude"].astype(np.int64)
+    x, s = inputs[0].view("<i2").astype(np.int64), inputs[1].astype(np.int64)
+    return _int16(x.reshape(-1, len(amplitude)) + s.reshape(-1, len(amplitude)) * amplitude)
+
+
 REFERENCES: dict[str, Callable[[Step, Sequence[Bytes]], Bytes]] = {
     "spiking": _spiking_reference,
     "neurons": _neurons_reference,
     "current": _current_reference,
     "spike_pool": _pool_reference,
     "accumulate": _accumulate_reference,
+    "add_currents": _add_currents_reference,
+    "add_spikes": _add_spikes_reference,
 }
 """Rows of the table of numpy forms."""

@@ -130,6 +130,26 @@ def _pool(build: Builder, layer: Layer) -> None:
     build.step(layer, "spike_pool", [source], _wide(build, layer, True, 1), values=values)
 
 
+def _add_currents(build: Builder, layer: Layer) -> None:
+    a = build.read(layer.inputs[0])
+    last = build.tensors[a].last
+    b = build.read(layer.inputs[1], last=last)
+    build.step(layer, "add_currents", [a, b], _wide(build, layer, last, 2), values={"n": prod(layer.shape)})
+
+
+def _add_spikes(build: Builder, layer: Layer) -> None:
+    x = build.read(layer.args["x"])
+    last = build.tensors[x].last
+    s = build.read(layer.args["s"], last=last)
+    amplitude = constants(layer, "amplitude")["amplitude"].astype(np.int16)
+    if len(layer.shape) == 4 and not last:
+        raise build.refuse(
+            layer, "adds spikes to currents of an image that is not stored channel-last", "let a convolution make them"
+        )
+    values = {"n": prod(layer.shape)}
+    build.step(layer, "add_spikes", [x, s], _wide(build, layer, last, 2), values=values, arrays={"amplitude": amplitude})
+
+
 def _accumulate(build: Builder, layer: Layer) -> None:
     source = build.read(layer.inputs[0])
     values = {"steps": int(layer.args["steps"]), "n": prod(layer.shape)}
@@ -146,5 +166,7 @@ RULES: dict[str, Callable[[Builder, Layer], None]] = {
     "spike_sum_pool2d": _pool,
     "qlif_sequence": _neurons,
     "qaccumulate": _accumulate,
+    "add_currents": _add_currents,
+    "add_spikes": _add_spikes,
 }
 """Operator to its rule."""

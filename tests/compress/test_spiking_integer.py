@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from spiking_nets import STEPS, Conv, conv_program, dense_program, neuron
+from spiking_nets import STEPS, Conv, Residual, conv_program, dense_program, neuron, residual_program
 from torch import Tensor, nn
 
 from edgekit.compress.spiking.integer import integer_program
+from edgekit.compress.spiking.integer_sums import joint
 from edgekit.errors import ModelError
 from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module, load, save
 
@@ -103,6 +104,79 @@ def test_images_convolutions_and_pools(kind: str, tmp_path: Any) -> None:
     assert layers[-1].threshold is None
     save(made, tmp_path / "frozen.pt2")
     assert torch.equal(load(tmp_path / "frozen.pt2").run(x)[0], z)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_residual_sums(bits: int) -> None:
+    program, x = residual_program()
+    made, layers = integer_program(program, (x,), bits)
+    real, whole = program.trace(x[:1]), made.trace(x[:1])
+    for name in ("spike0", "spike1", "spike2", "spike3"):
+        assert 0.02 < real[name].mean() < 0.9
+        assert (real[name] != whole[name]).float().mean() < (0.05 if bits == 8 else 0.25), name
+    # the readout's sum, of the real weights and the integer program's own spikes
+    net, flat = Residual(), [whole[name].flatten(1).float() for name in ("spike3", "spike2")]
+    expected = (net.head(flat[0]) + net.second(flat[1])).mean(0).detach()
+    assert torch.allclose(made.run(x[:1])[0][0], expected, atol=(0.01 if bits == 8 else 0.2) * float(expected.abs().max()))
+    assert {x.op for x in made.layers} > {"add_currents", "add_spikes"} and not made.unquantized
+    # the sums, added up again; branches have one unit
+    two = whole["conv2"].int() + whole["short2"].int()
+    add = next(x for x in made.layers if x.op == "add_currents")
+    assert torch.equal(whole[add.name].int(), two) and two.abs().max() > 0
+    assert torch.equal(made.layer("conv2").args["weight_scale"], made.layer("short2").args["weight_scale"])
+    skip = next(x for x in made.layers if x.op == "add_spikes")
+    amplitude = skip.args["amplitude"].int()
+    direct = whole["conv1"].int() + amplitude.reshape(6, 1, 1) * whole["spike0"].int()
+    assert torch.equal(whole[skip.name].int(), direct)
+    unit = made.layer("conv1").args["weight_scale"]
+    assert torch.allclose(amplitude * unit, torch.linspace(0.3, 0.9, 6), atol=float(unit.max()) / 2)
+    assert next(x for x in layers if x.layer == "conv2").bounds == next(x for x in layers if x.layer == "short2").bounds
+
+
+def test_no_input_can_bring_a_sum_out_of_int16() -> None:
+    """Wide branches of large weights: in any order of summation, whatever the spikes."""
+    torch.manual_seed(0)
+    a, b = torch.randn(3, 500, dtype=torch.float64) + 1, torch.randn(3, 300, dtype=torch.float64) - 0.5
+    bias, skip = torch.tensor([5.0, -40.0, 0.0]).double(), torch.tensor([9.0, 300.0, -20.0]).double()
+    made = joint([a, b], bias, [skip], 8, (0, 3), torch.ones(3).double())
+    worst: list[int] = []
+    for o in range(3):
+        terms = [*made.weights[0][o].tolist(), *made.weights[1][o].tolist(), int(made.amplitudes[0][o])]
+        offset = int(made.biases[0][o])
+        assert int(made.biases[1][o]) == 0
+        for sign in (1, -1):
+            chosen = [3 * t for t in terms if t * sign > 0]
+            for order in (chosen, sorted(chosen)):
+                total = 0
+                for t in [*order, offset]:
+                    total += t
+                    assert -32768 <= total <= 32767
+            worst.append(total)
+    assert 30000 < max(max(worst), -min(worst)) <= max(made.bounds[1], -made.bounds[0])
+    assert torch.allclose(made.amplitudes[0] * made.unit, skip, atol=float(made.unit.max()) / 2)
+
+
+def test_sums_without_an_integer_form_are_refused() -> None:
+    class Analogue(Conv):
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.encode(x)
+            return self.mean(self.spike1(self.conv1(z) + self.head(z)).flatten(1))
+
+    net = Analogue("if")
+    net.head = nn.Conv2d(1, 4, 1)
+    x = torch.rand(2, 1, 8, 8)
+    with pytest.raises(ModelError, match=r"layer spike1: it sums the current of \w+, whose input is no spikes"):
+        integer_program(freeze_module(net, (x,)), (x,))
+
+    class Spikes(Conv):
+        def forward(self, x: Tensor) -> Tensor:
+            s = self.spike1(self.conv1(self.encode(x)))
+            return self.mean(self.spike2(s + self.pool(s)).flatten(1))
+
+    net = Spikes("if")
+    net.pool = nn.AvgPool2d(1)
+    with pytest.raises(ModelError, match="at least one must be a layer with weights"):
+        integer_program(freeze_module(net, (x,)), (x,))
 
 
 @pytest.mark.parametrize(

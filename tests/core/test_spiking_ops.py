@@ -145,6 +145,16 @@ def test_spiking_conv2d_equals_loops(seed: int, groups: int, stride: int, paddin
         assert int(found[n, o, i, j]) == total
 
 
+def test_sums_of_currents_equal_python_integers() -> None:
+    torch.manual_seed(1)
+    a, b = (torch.randint(-30000, 30000, (6, 3, 2, 2), dtype=torch.int16) for _ in range(2))
+    s, each = torch.randint(0, 4, a.shape, dtype=torch.int8), torch.tensor([12000, -9000, 7], dtype=torch.int16)
+    two, skipped = call("add_currents", a, b), call("add_spikes", a, s, each)
+    for at in np.ndindex(*a.shape):
+        assert int(two[at]) == min(max(int(a[at]) + int(b[at]), -32768), 32767)
+        assert int(skipped[at]) == min(max(int(a[at]) + int(s[at]) * int(each[at[1]]), -32768), 32767)
+
+
 def test_time_operators_move_and_add_steps() -> None:
     x = torch.arange(2 * 3 * 4).view(2, 3, 4).float()  # N, T, F
     folded = call("fold_steps", x)

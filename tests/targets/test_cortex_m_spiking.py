@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from spiking_nets import conv_program, dense_program
+from spiking_nets import conv_program, dense_program, residual_program
 from torch import Tensor, nn
 
 from edgekit.compress.spiking.integer import integer_program
@@ -89,14 +89,16 @@ def _made(name: str) -> tuple[FrozenProgram, Tensor]:
     if name == "images":
         x = (torch.rand(2, STEPS, 3, 6, 5) < 0.3).float()
         return freeze_module(Images(), (x,), name="images"), x
-    if name == "converted":
+    if name == "residual":
+        program, x = residual_program()
+    elif name == "converted":
         program, x = conv_program("lif", v_threshold=0.15, v_init=0.1)
     else:
         program, x = dense_program("if", reset="zero", v_init=0.25)
     return integer_program(program, (x,))[0], x[:2]
 
 
-NETS = ("wide", "images", "converted", "dense")
+NETS = ("wide", "images", "residual", "converted", "dense")
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -114,18 +116,19 @@ def test_the_reference_is_the_frozen_program(name: str) -> None:
 
 @needs_tools
 @pytest.mark.parametrize("core", [pytest.param("cortex-m3", marks=pytest.mark.slow), "cortex-m4", "cortex-m55"])
-@pytest.mark.parametrize("name", NETS[:3])
+@pytest.mark.parametrize("name", NETS[:4])
 def test_firmware_gives_the_spikes_of_the_frozen_program(name: str, core: str, tmp_path: Path) -> None:
     program, x = _made(name)
     target = get(core)
     artifact = target.lower(program, tmp_path / f"model{target.SUFFIX}")
     path, notes = artifact.path, {c.layer: c.note for c in artifact.coverage}
-    assert "each step" in notes["conv1_steps"] if name == "converted" else "order of the input" in notes["fold"]
+    repeated = {"converted": "conv1_steps", "residual": "stem_steps"}
+    assert "each step" in notes[repeated[name]] if name in repeated else "order of the input" in notes["fold"]
     (found,) = target.run(path, [x.numpy()])
     assert np.array_equal(found, program.run(x)[0].numpy())
     taps, expected = target.taps(path, program, [x[:1].numpy()]), program.trace(x[:1])
     assert len(taps) >= 5 and [k for k, v in taps.items() if not np.array_equal(expected[k].numpy(), v)] == []
-    spikes = taps["spike1" if name == "converted" else "n1"]
+    spikes = taps["spike1" if name in repeated else "n1"]
     assert spikes.dtype == np.int8 and 0.01 < (spikes > 0).mean() < 0.9
 
 

@@ -270,7 +270,8 @@ def _blocks(value: Any, seed: Any, reader: Reader) -> tuple[Block, ...]:
                 reader.fail(path, f"found {item!r}{closest(item, [*NAMED, *SETTINGS])}")
             item = NAMED[item]
         kind, settings = _single(item, SETTINGS, path, reader)
-        settings = {"seed": seed, **settings} if isinstance(settings, dict) else settings
+        if isinstance(settings, dict) and "seed" in {f.name for f in dataclasses.fields(SETTINGS[kind])}:
+            settings = {"seed": seed, **settings}
         blocks.append(Block(kind, reader.check(SETTINGS[kind], settings, (*path, kind))))  # type: ignore[arg-type]
     return tuple(blocks)
 

@@ -51,6 +51,14 @@ def test_named_recipes_say_what_their_name_says(name: str, folder: Path) -> None
     assert block.settings.activations == activations.replace("ai", "int")
 
 
+@pytest.mark.parametrize("kind", recipe.SETTINGS)
+def test_every_block_is_taken_without_settings(kind: str, folder: Path) -> None:
+    """With the recipe's seed, where it has one."""
+    after = "" if kind in ("ptq", "spiking") else "  - ptq\n"
+    text = f"model: model.py:f\ndata: a:f\nseed: 3\ncompress:\n  - {kind}\n{after}"
+    assert getattr(recipe.parse(text, folder=folder).compress[0].settings, "seed", 3) == 3
+
+
 @pytest.mark.parametrize("where", [".", "..", "a/b"])
 def test_a_dumped_recipe_reads_back_equal_from_another_folder(where: str, folder: Path) -> None:
     found = recipe.parse(GOOD, folder=folder)

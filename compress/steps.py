@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import fx, nn
 
 from edgekit.compress.capture import Graph, capture
+from edgekit.compress.order import misplaced
 from edgekit.compress.passes import FloatPass
 from edgekit.compress.ptq.freeze import freeze
 from edgekit.compress.ptq.plan import Plan
@@ -88,23 +89,21 @@ def apply(
         measure: what a program costs on a target, for budgets in that (:func:`edgekit.layer_costs.measure`).
 
     Raises:
-        InputError: no blocks, or a float pass after quantization.
+        InputError: no blocks, or one that cannot stand where it does.
         ModelError, DataError: see :func:`edgekit.compress.capture.capture` and :func:`edgekit.compress.ptq.plan.make_plan`.
     """
     if not blocks:
         raise InputError("compress: no steps given; name at least one, such as `- ptq: {weights: int8}`")
+    if (wrong := misplaced([block.kind for block in blocks])) is not None:
+        raise InputError(f"compress: {wrong[1]}")
     from edgekit.compress.ptq.simulate import simulate
 
     graph = capture(model, sample_inputs(model, data))
     state = _State(graph, graph, folder=folder, measure=measure)
     for block in blocks:
-        if state.spiking is not None:
-            raise InputError(f"compress: `{block.kind}` stands after `spiking`, which ends the network; put it before")
         state = _STEPS[block.kind](state, block, data, progress)
     if state.spiking is not None:
         return _spiking_program(state, graph, name, blocks[-1].settings, data)
-    if state.plan is None and any(b.kind == "binary" for b in blocks):
-        raise InputError("compress: `binary` needs `ptq` after it, which makes the 1-bit operators and int8 of the rest")
     plan = state.plan or _float_plan(state.graph)
     program = freeze(state.graph, plan, name)
     record = {
@@ -131,10 +130,6 @@ def _ptq(state: _State, block: _Block, data: Data, progress: Progress | None) ->
 def _in_float(
     load: Callable[[], FloatPass], state: _State, block: _Block, data: Data, progress: Progress | None, *, exact: bool = False
 ) -> _State:
-    if any(p["kind"] == "binary" for p in state.passes):
-        raise InputError(f"compress: `{block.kind}` would undo `binary`; put it before, only ptq comes after")
-    if state.plan is not None:
-        raise InputError(f"compress: `{block.kind}` works on the float model; put it before ptq and qat")
     graph, record = load()(state.graph, block.settings, data, state.original, progress)
     entry = {"kind": block.kind, "settings": asdict(block.settings), **record.to_json()}
     original = graph if exact and state.original is state.graph else state.original
@@ -177,10 +172,6 @@ def _repair(state: _State, block: _Block, data: Data, progress: Progress | None)
 def _spiking(state: _State, block: _Block, data: Data, progress: Progress | None) -> _State:
     from edgekit.compress.spiking.step import spiking
 
-    if state.plan is not None:
-        raise InputError("compress: `spiking` works on the float model; leave ptq and qat out")
-    if any(p["kind"] == "binary" for p in state.passes):
-        raise InputError("compress: `spiking` cannot take 1-bit layers; leave `binary` out")
     net, record, warnings = spiking(state.graph, block.settings, data, progress)
     entry = {"kind": block.kind, "settings": asdict(block.settings), **record}
     return replace(state, spiking=net, passes=(*state.passes, entry), warnings=(*state.warnings, *warnings))

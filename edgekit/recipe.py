@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from edgekit import marked_yaml
 from edgekit.compress.binary.settings import Binary
 from edgekit.compress.lowrank.settings import LowRank
+from edgekit.compress.order import misplaced
 from edgekit.compress.ptq.settings import PTQ, QAT
 from edgekit.compress.repair.settings import Repair
 from edgekit.compress.rewrite.settings import Rewrite
@@ -273,6 +274,8 @@ def _blocks(value: Any, seed: Any, reader: Reader) -> tuple[Block, ...]:
         if isinstance(settings, dict) and "seed" in {f.name for f in dataclasses.fields(SETTINGS[kind])}:
             settings = {"seed": seed, **settings}
         blocks.append(Block(kind, reader.check(SETTINGS[kind], settings, (*path, kind))))  # type: ignore[arg-type]
+    if (wrong := misplaced([block.kind for block in blocks])) is not None:
+        reader.fail(("compress", wrong[0]) if isinstance(value, list) else ("compress",), wrong[1])
     return tuple(blocks)
 
 

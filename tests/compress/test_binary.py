@@ -284,7 +284,7 @@ def test_refusals_say_what_to_do() -> None:
             apply(model(), blocks, subject or data())
 
     fails(InputError, r"`binary` needs `ptq` after it", block())
-    fails(InputError, r"qat: 1-bit layers", block(epochs=1), Block("qat", edgekit.recipe.QAT()))
+    fails(InputError, r"`qat` cannot train 1-bit layers", block(epochs=1), Block("qat", edgekit.recipe.QAT()), block("ptq"))
     fails(
         InputError, r"'nowhere' fits no layer with weights; layers are called", block(scopes={"nowhere": "float"}), block("ptq")
     )
@@ -292,6 +292,10 @@ def test_refusals_say_what_to_do() -> None:
     fails(InputError, r"skip: a is a 1-bit layer", block(epochs=1), block("ptq", skip=("a",)))
     wrong = replace(data(), training=(data().training[0], data().training[1] + 7))  # type: ignore[index]
     fails(DataError, r"do not fit an output of shape", block(), block("ptq"), subject=wrong)
+    with pytest.raises(RecipeError, match=r"recipe.yaml:4: compress.0: `binary` needs `ptq` after it"):
+        parse("model: a.py:b\ndata: a.py:b\ncompress:\n  - binary: {epochs: 1}\n", files=False)
+    with pytest.raises(RecipeError, match=r"recipe.yaml:6: compress.2: `lowrank` would undo `binary`"):
+        parse("model: a.py:b\ndata: a.py:b\ncompress:\n  - rewrite: {norm: rms}\n  - binary\n  - lowrank\n  - ptq\n", files=False)
     with pytest.raises(RecipeError, match="ternary_weights are Brevitas's"):
         parse("model: a.py:b\ndata: a.py:b\ncompress:\n  - binary: {kind: ternary_weights}\n", files=False)
     with pytest.raises(RecipeError, match="last stage must have binary weights"):

@@ -18,6 +18,7 @@ from edgekit.compress.capture import Graph
 from edgekit.compress.passes import PassRecord
 from edgekit.compress.ptq.plan import fit
 from edgekit.compress.repair.step import points, tapped
+from edgekit.compress.threads import one_thread_if_small
 from edgekit.data import Data, batches
 from edgekit.errors import DataError, InputError
 
@@ -70,7 +71,8 @@ def binarize(
     student = tapped(twin, [f"binary_{n}" if n in choice.kinds else n for n in shared])
     said = None if progress is None else (lambda done, total: progress("binary", done, total))
     training = data.calibration if source is None else source
-    log = train_twin(twin, (student, teacher), graph, settings, training, folder, said)
+    with one_thread_if_small(graph, settings.train_batch_size):
+        log = train_twin(twin, (student, teacher), graph, settings, training, folder, said)
     made = baked_graph(edited, choice, twin.cpu())
     return made, _record(graph, choice, settings, log, gone)
 

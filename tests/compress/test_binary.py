@@ -23,6 +23,7 @@ from edgekit.compress.ptq.quantize import quantize
 from edgekit.compress.ptq.settings import PTQ, Reconstruct
 from edgekit.compress.ptq.simulate import simulate
 from edgekit.compress.steps import apply
+from edgekit.compress.threads import one_thread_if_small
 from edgekit.data import Data
 from edgekit.errors import DataError, EdgekitError, InputError, ModelError, RecipeError
 from edgekit.frozen.binary_ops import unpack_signs
@@ -331,3 +332,13 @@ def test_rounding_to_eight_bits_keeps_every_sign_of_the_layer_before() -> None:
         found = unpack_signs(seen["a_sign"], 12).movedim(-1, 1)
         assert torch.equal(found[clear] > 0, (real >= 0)[clear])
     assert near > 10
+
+
+def test_small_layers_are_trained_on_one_thread() -> None:
+    graph = capture(model(), (data().calibration[:1],))  # type: ignore[index]
+    before = torch.get_num_threads()
+    with one_thread_if_small(graph, 64):
+        assert torch.get_num_threads() == 1
+    with one_thread_if_small(graph, 1 << 25):
+        assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == before

@@ -155,6 +155,9 @@ typedef struct {
 } ek_neurons;
 /* v = sat16(((v * decay + 2^14) >> 15) + x); s = v >= threshold (floor(v / threshold), at most max_spikes); reset. scratch: 2 * n bytes. */
 void ek_neurons_s16(const ek_neurons *p, const int16_t *x, int8_t *spikes, void *scratch);
+/* The same for one step a call, membranes v (n) kept by the caller. */
+void ek_neurons_reset_s16(const ek_neurons *p, int16_t *v);
+void ek_neurons_step_s16(const ek_neurons *p, const int16_t *x, int8_t *spikes, int16_t *v);
 
 typedef struct {
     const int8_t *weights; /* as ek_conv2d's */
@@ -182,6 +185,8 @@ void ek_add_currents_s16(const int16_t *a, const int16_t *b, int16_t *y, uint32_
 /* y = sat16(x + amplitude[i % channels] * s), only where there are spikes; y may be x. n is a multiple of channels. */
 void ek_add_spikes_s16(const int16_t *x, const int8_t *s, int16_t *y, const int16_t *amplitude, uint32_t n, uint32_t channels);
 void ek_accumulate_s16(const int16_t *x, int32_t *y, uint32_t n, uint32_t steps);              /* y = sum over the steps */
+void ek_accumulate_reset_s16(int32_t *y, uint32_t n);
+void ek_accumulate_step_s16(const int16_t *x, int32_t *y, uint32_t n);                         /* y += x */
 
 /* ---- Elementwise. In place: y may be a (not b). b repeats every b_n elements (n is a multiple of b_n): b_n = n without broadcast,
  * b_n = channels for a vector of channels. */

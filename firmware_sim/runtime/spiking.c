@@ -139,7 +139,7 @@ EK_INLINE void eight_neurons(const int16_t *x, int16_t *v, int8_t *spikes, const
 #endif
 
 /* One step of `period` neurons of one spike at most. */
-static void one_spike(const ek_neurons *p, const int16_t *x, int16_t *v, int8_t *spikes) {
+EK_INLINE void one_spike(const ek_neurons *p, const int16_t *x, int16_t *v, int8_t *spikes) {
     const int16_t *threshold = p->threshold, *decay = p->decay;
     const uint32_t leak = p->leak, zero = p->zero;
     uint32_t n = p->period;
@@ -178,7 +178,7 @@ static void one_spike(const ek_neurons *p, const int16_t *x, int16_t *v, int8_t 
     }
 }
 
-static void more_spikes(const ek_neurons *p, const int16_t *x, int16_t *v, int8_t *spikes) {
+EK_INLINE void more_spikes(const ek_neurons *p, const int16_t *x, int16_t *v, int8_t *spikes) {
     for (uint32_t i = 0; i < p->period; i++) {
         const int32_t d = p->decay[i], t = p->threshold[i];
         int32_t w = saturated((d == 32767 ? v[i] : (v[i] * d + 0x4000) >> 15) + x[i]), s = 0;
@@ -200,6 +200,18 @@ EK_NOINLINE void ek_neurons_s16(const ek_neurons *p, const int16_t *x, int8_t *s
                 one_spike(p, x + i, v + i, spikes + i);
             else
                 more_spikes(p, x + i, v + i, spikes + i);
+}
+
+EK_NOINLINE void ek_neurons_reset_s16(const ek_neurons *p, int16_t *v) {
+    for (uint32_t i = 0; i < p->n; i += p->period) ek_copy((int8_t *)(v + i), (const int8_t *)p->v_init, 2 * p->period);
+}
+
+EK_NOINLINE void ek_neurons_step_s16(const ek_neurons *p, const int16_t *x, int8_t *spikes, int16_t *v) {
+    for (uint32_t i = 0; i < p->n; i += p->period)
+        if (p->max_spikes == 1)
+            one_spike(p, x + i, v + i, spikes + i);
+        else
+            more_spikes(p, x + i, v + i, spikes + i);
 }
 
 /* round_half_even((float)acc * m), at the ends of int16 */
@@ -268,4 +280,12 @@ EK_NOINLINE void ek_add_spikes_s16(const int16_t *x, const int8_t *s, int16_t *y
     for (uint32_t i = 0; i < n; i += channels, s += channels, y += channels)
         for (uint32_t c = 0; c < channels; c++)
             if (s[c]) y[c] = (int16_t)saturated(y[c] + s[c] * amplitude[c]);
+}
+
+EK_NOINLINE void ek_accumulate_reset_s16(int32_t *y, uint32_t n) {
+    for (uint32_t i = 0; i < n; i++) y[i] = 0;
+}
+
+EK_NOINLINE void ek_accumulate_step_s16(const int16_t *x, int32_t *y, uint32_t n) {
+    for (uint32_t i = 0; i < n; i++) y[i] += x[i];
 }

@@ -62,6 +62,7 @@ class Kernel:
         constants: the arrays of a step as they are stored in flash.
         in_place: positions of the inputs over which the output may be written.
         scratch: bytes that it needs while it runs, for a step and a kernel set ("portable", "dsp", "mve").
+        resets: the C calls that bring its state to where it starts; in them and in ``calls`` "$v" is the state.
         trail: how far its output must start below its input if it may lie over it (:mod:`~edgekit.targets.cortex_m.trails`).
     """
 
@@ -70,6 +71,7 @@ class Kernel:
     in_place: tuple[int, ...] = ()
     scratch: Callable[[Step, str], int] = lambda step, kernel_set: 0
     trail: Callable[[Step, str], int | None] = lambda step, kernel_set: None
+    resets: Callable[[Step], Sequence[Call]] = lambda step: ()
 
 
 def members(values: Mapping[str, tuple[str, Any]]) -> tuple[Field, ...]:

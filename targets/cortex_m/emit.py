@@ -53,6 +53,24 @@ _TAPS = """#ifdef MODEL_TAPS /* every step's output goes to the host */
 #endif"""
 
 
+_RUN = (
+    "/* Where to write input i before each model_run(): the arena is reused, so model_run() overwrites its inputs. */",
+    "int8_t *model_input(int i);",
+    "void model_run(void);",
+    "/* Output i of the last model_run(); valid until the next input is written. */",
+)
+
+_STREAM = (
+    "/* Before each sample, or once for a stream that never ends: membranes and sums start anew. A constant input",
+    " * (MODEL_SEQUENCE 0) is written before model_reset() and not again, one of a sequence before each model_step(). */",
+    "void model_reset(void);",
+    "int8_t *model_input(int i);",
+    "/* One time step; the state stays in the arena. MODEL_TIME_STEPS of them are the program. */",
+    "void model_step(void);",
+    "/* Output i: the sum over the steps since the reset, or that of the last step. Valid until the next input is written. */",
+)
+
+
 def model_h(firmware: Firmware) -> str:
     """The header: sizes, scales, and the four functions."""
     lines = [
@@ -67,6 +85,11 @@ def model_h(firmware: Firmware) -> str:
         f"#define MODEL_ARENA_BYTES {firmware.arena}u",
         f"#define MODEL_STEPS {len(firmware.steps)}",
     ]
+    if firmware.stream is not None:
+        lines += [
+            f"#define MODEL_TIME_STEPS {firmware.stream.count}",
+            f"#define MODEL_SEQUENCE {int(firmware.stream.sequence)}",
+        ]
     for kind, ports in (("INPUT", firmware.inputs), ("OUTPUT", firmware.outputs)):
         lines += ["", f"#define MODEL_{kind}S {len(ports)}"]
         for i, port in enumerate(ports):
@@ -84,10 +107,7 @@ def model_h(firmware: Firmware) -> str:
         "/* Checks the arena (aligned to 16, MODEL_ARENA_BYTES or more) and the CRC of every constant in flash;",
         " * ends by ek_exit() if one fails. Call it once. -DMODEL_CHECK=0 leaves the CRC out. */",
         "void model_init(void *arena, uint32_t bytes);",
-        "/* Where to write input i before each model_run(): the arena is reused, so model_run() overwrites its inputs. */",
-        "int8_t *model_input(int i);",
-        "void model_run(void);",
-        "/* Output i of the last model_run(); valid until the next input is written. */",
+        *(_RUN if firmware.stream is None else _STREAM),
         "const int8_t *model_output(int i);",
         "",
         "#endif",
@@ -97,14 +117,15 @@ def model_h(firmware: Firmware) -> str:
 
 def model_c(firmware: Firmware) -> str:
     """The network."""
+    resets: list[str] = []
     parts = [
         f"/* {firmware.name}. {_NOTE} */",
         '#include "model.h"\n\n#include "edgekit.h"',
         _TAPS,
         "static int8_t *arena;",
-        *(_step(firmware, i, step) for i, step in enumerate(firmware.steps)),
+        *(_step(firmware, i, step, resets) for i, step in enumerate(firmware.steps)),
         _segments(firmware),
-        _functions(firmware),
+        _functions(firmware, resets),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -113,7 +134,8 @@ def _real(value: float) -> str:
     return f"{np.float32(value)!s}f"
 
 
-def _step(firmware: Firmware, index: int, step: Step) -> str:
+def _step(firmware: Firmware, index: int, step: Step, resets: list[str]) -> str:
+    """The step's constants and function; ``resets`` gets the statements that set its state."""
     kernel, name = KERNELS[step.kind], step_name(index, step)
     shapes = " + ".join("x".join(map(str, firmware.tensors[i].stored[1:])) for i in step.inputs)
     output = "x".join(map(str, firmware.tensors[step.output].stored[1:]))
@@ -121,6 +143,9 @@ def _step(firmware: Firmware, index: int, step: Step) -> str:
     texts = [f"/* {index}. {step.layer}: {step.kind}, {shapes} -> {output}{macs} */"]
     texts += [_array(array_name(index, c.role), c) for c in kernel.constants(step)]
     body = []
+    for call in kernel.resets(step):
+        arguments = ", ".join(_argument(firmware, index, step, 0, call, a) for a in call.arguments)
+        resets.append(f"    {call.function}({arguments});")
     for number, call in enumerate(kernel.calls(step)):
         if call.struct is not None:
             members = ", ".join(_member(index, f) for f in call.struct.fields)
@@ -141,6 +166,9 @@ def _place(firmware: Firmware, tensor: int, more: int = 0) -> str:
 def _argument(firmware: Firmware, index: int, step: Step, number: int, call: Call, text: str) -> str:
     if text == "$p":
         return f"&{struct_name(index, number)}"
+    if text == "$v":
+        assert step.state is not None
+        return _place(firmware, step.state)
     if text == "$s":
         return f"arena + {firmware.scratch_offsets[index]}" if step.scratch else "0"
     if text.startswith("$x"):
@@ -194,7 +222,7 @@ def _segments(firmware: Firmware) -> str:
     return "\n".join(["static const ek_segment segments[] = {", *rows, "};"])
 
 
-def _functions(firmware: Firmware) -> str:
+def _functions(firmware: Firmware, resets: Sequence[str]) -> str:
     constants: list[NDArray[Any]] = [c.values for s in firmware.steps for c in KERNELS[s.kind].constants(s)]
     check = "    if (MODEL_CHECK) ek_check_weights(segments, sizeof segments / sizeof segments[0]);\n" if constants else ""
     lines = [
@@ -212,6 +240,9 @@ def _functions(firmware: Firmware) -> str:
             "    return arena + offsets[i];",
             "}",
         ]
-    lines += ["", "void model_run(void) {"]
-    lines += [f"    {step_name(i, s)}();" for i, s in enumerate(firmware.steps)]
-    return "\n".join([*lines, "}"])
+    calls = [f"    {step_name(i, s)}();" for i, s in enumerate(firmware.steps)]
+    if firmware.stream is None:
+        return "\n".join([*lines, "", "void model_run(void) {", *calls, "}"])
+    once = firmware.stream.once
+    lines += ["", "void model_reset(void) {", *resets, *calls[:once], "}", "", "void model_step(void) {", *calls[once:], "}"]
+    return "\n".join(lines)

@@ -81,7 +81,7 @@ def needs(program: FrozenProgram, made: Build, cores: Sequence[str]) -> dict[str
     with tempfile.TemporaryDirectory(prefix="edgekit-") as name:
         jobs = [(core, _kernels(core, made)) for core in cores]
         for _, kernels in jobs:
-            _write(program, kernels, Path(name) / kernels)
+            _write(program, kernels, Path(name) / kernels, made.stream)
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
             sizes = list(pool.map(lambda job: _linked(job[0], job[1], made, Path(name)), jobs))
     return {core: (kernels, *size) for (core, kernels), size in zip(jobs, sizes, strict=True)}
@@ -93,11 +93,11 @@ def _kernels(core: str, made: Build) -> str:
     return min(own, made.kernels or own, key=KERNEL_SETS.index)
 
 
-def _write(program: FrozenProgram, kernels: str, folder: Path) -> None:
-    firmware = prepare(program, kernels)
+def _write(program: FrozenProgram, kernels: str, folder: Path, stream: bool) -> None:
+    firmware = prepare(program, kernels, stream)
     write_whole(folder / "model.c", model_c(firmware))
     write_whole(folder / "model.h", model_h(firmware))
-    write_whole(folder / "main.c", main_c(len(firmware.inputs), len(firmware.outputs)))
+    write_whole(folder / "main.c", main_c(len(firmware.inputs), len(firmware.outputs), firmware.stream))
 
 
 _known: dict[tuple[str, ...], tuple[int, int]] = {}

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edgekit.targets.cortex_m.memory import Buffer, Placement, Trail, place
 
-__all__ = ["Firmware", "Port", "Spec", "Step", "Tensor", "lifetimes", "plan"]
+__all__ = ["Firmware", "Port", "Spec", "Step", "Stream", "Tensor", "lifetimes", "plan"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Step:
         scratch: bytes that the kernel needs while it runs.
         trail: bytes by which the output must start below input 0 if it is to be written over it while the kernel reads it
             (:class:`~edgekit.targets.cortex_m.memory.Trail`); None: they must not overlap.
+        state: the tensor that it keeps between calls of a streaming firmware.
         reuse: the input (position in ``inputs``) whose bytes the output takes over; None: it has its own.
     """
 
@@ -87,6 +88,7 @@ class Step:
     scratch: int = 0
     trail: int | None = None
     reuse: int | None = None
+    state: int | None = None
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,34 @@ class Spec:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """What a firmware of one time step a call knows of the whole.
+
+    Attributes:
+        count: time steps of a sample.
+        inputs, outputs: those of a whole sample.
+        macs: of all steps.
+        sequence: the input differs in each step.
+        each: the output is of each step; else it is a sum, there after the last.
+        once: so many steps of the firmware come first, and run once, at the reset.
+    """
+
+    count: int
+    inputs: tuple[Spec, ...]
+    outputs: tuple[Spec, ...]
+    macs: int
+    sequence: bool
+    each: bool
+    once: int = 0
+
+
+@dataclass(frozen=True)
 class Firmware:
     """A whole network.
 
     Attributes:
         taps: tensor that holds each frozen layer's output; layers that were merged away are missing.
+        stream: of a firmware that takes one time step a call; None: an inference a call.
         offsets: place of each tensor in the arena; ``scratch_offsets`` of each step's scratch (0 where it has none).
     """
 
@@ -149,11 +174,18 @@ class Firmware:
     scratch_offsets: tuple[int, ...] = ()
     arena: int = 0
     bound: int = 0
+    stream: Stream | None = None
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates of one inference."""
         return sum(step.macs for step in self.steps)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Tensors that keep their values from one time step to the next: states, and what is computed once."""
+        once = self.steps[: self.stream.once] if self.stream else ()
+        return (*(s.state for s in self.steps if s.state is not None), *(s.output for s in once))
 
     def root(self, tensor: int) -> int:
         """The tensor that owns the bytes."""
@@ -182,6 +214,8 @@ def lifetimes(firmware: Firmware, reuse: Sequence[int | None]) -> tuple[list[int
             last[owner[tensor]] = time
     for port in firmware.outputs:
         last[owner[port.tensor]] = len(firmware.steps)
+    for tensor in firmware.kept:
+        first[owner[tensor]], last[owner[tensor]] = min(first.get(owner[tensor], -1), -1), len(firmware.steps)
     numbers = {o: i for i, o in enumerate(sorted(first))}
     sizes = {o: max(t.size for t in firmware.tensors if owner[t.index] == o) for o in first}
     buffers = [Buffer(sizes[o], first[o], last[o]) for o in sorted(first)]
@@ -223,6 +257,7 @@ def _trails(firmware: Firmware, owner: Sequence[int], buffers: Sequence[Buffer])
 def _reuse(firmware: Firmware, in_place: Mapping[str, Sequence[int]]) -> list[int | None]:
     """For each step the input whose bytes nobody needs afterwards, if its kernel may write over it."""
     end: dict[int, int] = {firmware.root(p.tensor): len(firmware.steps) for p in firmware.outputs}
+    end |= {firmware.root(t): len(firmware.steps) for t in firmware.kept}
     for time, step in enumerate(firmware.steps):
         for tensor in step.inputs:
             end[firmware.root(tensor)] = max(end.get(firmware.root(tensor), -1), time)

@@ -18,6 +18,7 @@ from edgekit.firmware_sim.boards import board
 from edgekit.firmware_sim.qemu import Result, run
 from edgekit.firmware_sim.toolchain import Firmware, Project, build
 from edgekit.frozen import FrozenProgram
+from edgekit.targets.cortex_m.graph import Firmware as Graph
 from edgekit.targets.cortex_m.preparation import from_stored, prepare, taps_of, to_stored
 from edgekit.targets.cortex_m.project import BUILT, Facts, load
 from edgekit.targets.cortex_m.reference import Int8
@@ -129,14 +130,49 @@ def tapped(folder: Path, program: FrozenProgram, sample: Sequence[NDArray[Any]],
     The same project is built with ``-DMODEL_TAPS``: each step writes its output to the host after it ran.
     """
     facts = load(folder)
-    firmware = prepare(program, facts.build.kernel_set)
+    firmware = prepare(program, facts.build.kernel_set, facts.build.stream)
     stored = to_stored(facts.inputs, sample)
     _, result = boot(folder, b"".join(x.tobytes() for x in stored), 1, "-DMODEL_TAPS", on=on)
+    if firmware.stream is not None:
+        return _tapped_steps(firmware, facts, stored, result.output)
     sizes = [size for *_, size in facts.steps]
     steps = _split(result.output, [*sizes, *(spec.size for spec in facts.outputs)])[: len(sizes)]
     tensors = {port.tensor: values for port, values in zip(firmware.inputs, stored, strict=True)}
     tensors |= {step.output: values for step, values in zip(firmware.steps, steps, strict=False)}
     return taps_of(firmware, tensors)
+
+
+def _tapped_steps(firmware: Graph, facts: Facts, stored: Sequence[Int8], written: bytes) -> dict[str, NDArray[Any]]:
+    """Each layer's outputs in all time steps as the program has them: (T, ...), or (1, ...) for what is computed once."""
+    assert firmware.stream is not None
+    stream, sizes = firmware.stream, [size for *_, size in facts.steps]
+    ends = [firmware.tensors[p.tensor].size for p in firmware.outputs]
+    order = [*sizes[: stream.once], *[*sizes[stream.once :], *(ends if stream.each else [])] * stream.count]
+    pieces = iter(_split(written, [*order, *([] if stream.each else ends)]))
+    before = {s.output: next(pieces) for s in firmware.steps[: stream.once]}
+    found: dict[str, list[NDArray[Any]]] = {}
+    for t in range(stream.count):
+        tensors = dict(before)
+        for port, values in zip(firmware.inputs, stored, strict=True):
+            tensors[port.tensor] = np.split(values, stream.count)[t] if stream.sequence else values
+        tensors |= {s.output: next(pieces) for s in firmware.steps[stream.once :]}
+        if stream.each:
+            [next(pieces) for _ in ends]
+        for name, value in taps_of(firmware, tensors).items():
+            found.setdefault(name, []).append(value)
+    still = {s.layer for s in firmware.steps[: stream.once]} | (
+        {name for name in found if not stream.sequence and _fed(firmware, name)}
+    )
+    last = {s.layer for s in firmware.steps if s.kind == "accumulate_step"}
+    outputs = {firmware.tensors[p.tensor].name for p in firmware.outputs} if stream.each else set()
+    return {
+        name: values[-1] if name in still | last else np.concatenate(values, 1 if name in outputs else 0)
+        for name, values in found.items()
+    }
+
+
+def _fed(firmware: Graph, name: str) -> bool:
+    return firmware.root(firmware.taps[name]) in {p.tensor for p in firmware.inputs}
 
 
 def _split(content: bytes, sizes: Sequence[int]) -> list[Int8]:

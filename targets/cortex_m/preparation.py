@@ -13,36 +13,51 @@ from torch.export import ExportedProgram
 
 from edgekit.errors import InputError
 from edgekit.frozen import FrozenProgram
-from edgekit.targets.cortex_m.graph import Firmware, Port, Spec, Tensor, plan
+from edgekit.targets.cortex_m.graph import Firmware, Port, Spec, Stream, Tensor, plan
 from edgekit.targets.cortex_m.kernels import IN_PLACE, KERNELS, calls
 from edgekit.targets.cortex_m.lowering import build, refusal
 from edgekit.targets.cortex_m.reference import Int8, run
+from edgekit.targets.cortex_m.streaming import one_step, streamed, time_steps
 
 __all__ = ["from_stored", "in_program_layout", "prepare", "simulate", "specs", "taps_of", "to_stored"]
 
 _RANGES = {"uint8_t": (0, 255), "int8_t": (-128, 127), "uint16_t": (0, 65535)}
 
 
-_made: WeakKeyDictionary[ExportedProgram, dict[str, Firmware]] = WeakKeyDictionary()
+_made: WeakKeyDictionary[ExportedProgram, dict[tuple[str, bool], Firmware]] = WeakKeyDictionary()
 
 
-def prepare(program: FrozenProgram, kernel_set: str) -> Firmware:
+def prepare(program: FrozenProgram, kernel_set: str, stream: bool = False) -> Firmware:
     """The firmware of a program, with all offsets; made once while the program lives.
 
     Args:
         kernel_set: "portable", "dsp" or "mve"; kernels of each need scratch of their own.
+        stream: take one time step a call.
 
     Raises:
         UnsupportedError: a layer that firmware cannot take.
     """
     known = _made.setdefault(program.exported, {})
-    if kernel_set not in known:
-        firmware = build(program)
+    if (kernel_set, stream) not in known:
+        firmware = _streaming(program, kernel_set) if stream else build(program)
         _check_ranges(program, firmware)
         rows = [(s, KERNELS[s.kind]) for s in firmware.steps]
         steps = tuple(replace(s, scratch=row.scratch(s, kernel_set), trail=row.trail(s, kernel_set)) for s, row in rows)
-        known[kernel_set] = plan(replace(firmware, steps=steps), IN_PLACE)
-    return known[kernel_set]
+        known[kernel_set, stream] = plan(replace(firmware, steps=steps), IN_PLACE)
+    return known[kernel_set, stream]
+
+
+def _streaming(program: FrozenProgram, kernel_set: str) -> Firmware:
+    count, all_steps = time_steps(program), prepare(program, kernel_set)
+    whole = Stream(
+        count=count,
+        inputs=specs(all_steps, all_steps.inputs),
+        outputs=specs(all_steps, all_steps.outputs),
+        macs=all_steps.macs,
+        sequence=any(x.op == "fold_steps" for x in program.layers),
+        each=any(x.op == "unfold_steps" for x in program.layers),
+    )
+    return streamed(build(one_step(program)), program, whole)
 
 
 def _check_ranges(program: FrozenProgram, firmware: Firmware) -> None:

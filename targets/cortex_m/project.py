@@ -30,13 +30,17 @@ NAMES = (*BUILT, "Makefile", "CMakeLists.txt", "README.md")
 
 @dataclass(frozen=True)
 class Build:
-    """How a project is compiled: for which board, with which kernel set ("" for the core's own), optimization and stack."""
+    """How a project is compiled: for which board, with which kernel set ("" for the core's own), optimization and stack.
+
+    ``stream``: one time step of a spiking network a call.
+    """
 
     target: str
     board: str
     kernels: str
     optimize: str
     stack_bytes: int
+    stream: bool = False
 
     @property
     def defines(self) -> tuple[str, ...]:
@@ -55,7 +59,8 @@ class Facts:
     """``model.json``: what a host has to know to feed the firmware and to read what comes out.
 
     ``steps`` are (function, layer, kernel, bytes of its output) in order: with ``-DMODEL_TAPS`` these outputs are written one
-    after the other before the outputs themselves.
+    after the other before the outputs themselves. ``count``: time steps of a sample, one a call; the first ``once``
+    of ``steps`` run once, the others in each. 0: an inference a call.
     """
 
     name: str
@@ -66,21 +71,26 @@ class Facts:
     macs: int
     arena: int
     bound: int
+    count: int = 0
+    once: int = 0
 
     @staticmethod
     def of(firmware: Firmware, build: Build) -> Facts:
         """Those of a planned firmware."""
+        stream = firmware.stream
         return Facts(
             name=firmware.name,
             build=build,
-            inputs=specs(firmware, firmware.inputs),
-            outputs=specs(firmware, firmware.outputs),
+            inputs=stream.inputs if stream else specs(firmware, firmware.inputs),
+            outputs=stream.outputs if stream else specs(firmware, firmware.outputs),
             steps=tuple(
                 (step_name(i, s), s.layer, s.kind, firmware.tensors[s.output].size) for i, s in enumerate(firmware.steps)
             ),
-            macs=firmware.macs,
+            macs=stream.macs if stream else firmware.macs,
             arena=firmware.arena,
             bound=firmware.bound,
+            count=stream.count if stream else 0,
+            once=stream.once if stream else 0,
         )
 
 
@@ -92,7 +102,7 @@ def files(firmware: Firmware, build: Build) -> dict[str, str]:
         "model.c": model_c(firmware),
         "model.h": model_h(firmware),
         "model.json": json.dumps({"format": FORMAT, **asdict(facts)}, indent=1) + "\n",
-        "main.c": texts.main_c(len(firmware.inputs), len(firmware.outputs)),
+        "main.c": texts.main_c(len(firmware.inputs), len(firmware.outputs), firmware.stream),
         "Makefile": texts.filled(texts.MAKEFILE, values),
         "CMakeLists.txt": texts.filled(texts.CMAKE, values),
         "README.md": texts.filled(texts.README, values),
@@ -124,6 +134,12 @@ def load(folder: Path) -> Facts:
         raise FormatError(f"{path}: damaged ({error}); export the program again") from None
 
 
+def _calls(firmware: Firmware) -> str:
+    if firmware.stream is None:
+        return texts.CALLS
+    return texts.CALLS_SEQUENCE if firmware.stream.sequence else texts.CALLS_CONSTANT
+
+
 def _values(firmware: Firmware, build: Build, board: Board) -> Mapping[str, str]:
     sources = [*(f"runtime/{name}" for name in SOURCES)]
     flags = [*COMPILE_FLAGS, f"-{build.optimize}"]
@@ -152,5 +168,6 @@ def _values(firmware: Firmware, build: Build, board: Board) -> Mapping[str, str]
         "stack": f"{build.stack_bytes:,}",
         "inputs": texts.ports("input", inputs),
         "outputs": texts.ports("output", outputs),
+        "calls": _calls(firmware),
         "packed": texts.PACKED if any(1 < s.bits < 8 for s in firmware.steps) else "",
     }

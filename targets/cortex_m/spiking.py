@@ -65,6 +65,11 @@ def _neurons(step: Step) -> list[Call]:
     return [Call("ek_neurons_s16", ("$p", "$x0", "$y", "$s"), Struct("ek_neurons", members(fields)))]
 
 
+def _neurons_step(step: Step) -> list[Call]:
+    (whole,) = _neurons(step)
+    return [Call("ek_neurons_step_s16", ("$p", "$x0", "$y", "$v"), whole.struct)]
+
+
 def _current(step: Step) -> list[Call]:
     pointers = {r: ("*", r) for r in ("weights", "bias", "multiplier")}
     fields = {**pointers, **_window(step.values), "in_zp": ("int8_t", step.values["in_zp"])}
@@ -92,6 +97,10 @@ def _accumulate(step: Step) -> list[Call]:
     return [Call("ek_accumulate_s16", ("$x0", "$y", str(step.values["n"]), str(step.values["steps"])))]
 
 
+def _accumulate_step(step: Step) -> list[Call]:
+    return [Call("ek_accumulate_step_s16", ("$x0", "$v", str(step.values["n"])))]
+
+
 def _add_currents(step: Step) -> list[Call]:
     return [Call("ek_add_currents_s16", ("$x0", "$x1", "$y", str(step.values["n"])))]
 
@@ -105,16 +114,24 @@ def _scratch(step: Step, kernel_set: str) -> int:
     return sim.spiking_scratch(step.values["kernel"], step.values["in"][2], step.values["groups"])
 
 
+def _neuron_constants(step: Step) -> list[Constant]:
+    return [Constant(r, step.arrays[r], "int16_t") for r in ("threshold", "decay", "v_init")]
+
+
 KERNELS: dict[str, Kernel] = {
     "spiking": Kernel(_spiking, _spiking_constants, scratch=_scratch),
     "neurons": Kernel(
         _neurons,
-        lambda step: [Constant(r, step.arrays[r], "int16_t") for r in ("threshold", "decay", "v_init")],
+        _neuron_constants,
         scratch=lambda step, kernel_set: 2 * int(step.values["n"]),
     ),
     "current": Kernel(_current, _current_constants),
     "spike_pool": Kernel(_pool),
+    "neurons_step": Kernel(_neurons_step, _neuron_constants, resets=lambda step: [Call("ek_neurons_reset_s16", ("$p", "$v"))]),
     "accumulate": Kernel(_accumulate),
+    "accumulate_step": Kernel(
+        _accumulate_step, resets=lambda step: [Call("ek_accumulate_reset_s16", ("$v", str(step.values["n"])))]
+    ),
     "add_currents": Kernel(_add_currents, in_place=(0, 1)),
     "add_spikes": Kernel(_add_spikes, lambda step: [Constant("amplitude", step.arrays["amplitude"], "int16_t")], in_place=(0,)),
 }

@@ -45,12 +45,14 @@ class Options:
         kernels: the kernel set; "auto" is the fastest that the core has.
         optimize: the compiler's optimization level.
         stack_bytes: stack; a run reports how much of it was used.
+        stream: of a spiking network: one time step a call, the state kept in RAM.
     """
 
     board: str = ""
     kernels: Literal["auto", "portable", "dsp", "mve"] = "auto"
     optimize: Literal["O2", "O3", "Os"] = "O2"
     stack_bytes: int = 4096
+    stream: bool = False
 
     def __post_init__(self) -> None:
         if self.kernels not in ("auto", *KERNEL_SETS):
@@ -102,7 +104,7 @@ class CortexM:
             MissingTool: the Arm toolchain is not installed.
         """
         build = self._build(options or _Options())
-        firmware = prepare(program, build.kernel_set)
+        firmware = prepare(program, build.kernel_set, build.stream)
         with tempfile.TemporaryDirectory(prefix="edgekit-") as name:
             trial = Path(name)
             for file, text in files(firmware, build).items():
@@ -137,7 +139,7 @@ class CortexM:
             target=self.NAME,
             inputs=tuple(_spec(s) for s in facts.inputs),
             outputs=tuple(_spec(s) for s in facts.outputs),
-            coverage=_coverage(program, prepare(program, facts.build.kernel_set)),
+            coverage=_coverage(program, prepare(program, facts.build.kernel_set, facts.build.stream)),
             bytes=found.flash,
             notes=_notes(facts, program),
             memory=sizes,
@@ -146,7 +148,7 @@ class CortexM:
     def readback(self, path: Path, program: FrozenProgram) -> list[Mismatch]:
         """Constants of the built firmware, and scales of ``model.json``, that are not the program's."""
         facts, built = host.built(Path(path).parent)
-        firmware = prepare(program, facts.build.kernel_set)
+        firmware = prepare(program, facts.build.kernel_set, facts.build.stream)
         expected = Facts.of(firmware, facts.build)
         wrong = [
             Mismatch(ours.name, "input or output", str(theirs), str(ours))
@@ -185,7 +187,7 @@ class CortexM:
         kernels = "" if options.kernels == "auto" else options.kernels
         if kernels and KERNEL_SETS.index(kernels) > KERNEL_SETS.index(CORES[self.NAME].kernel_set):
             raise InputError(f"{self.NAME} cannot run the {kernels} kernels; use kernels: auto")
-        return Build(self.NAME, board, kernels, options.optimize, options.stack_bytes)
+        return Build(self.NAME, board, kernels, options.optimize, options.stack_bytes, options.stream)
 
 
 def _pairs(ours: Sequence[Any], theirs: Sequence[Any]) -> list[tuple[Any, Any]]:

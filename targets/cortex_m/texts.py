@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from edgekit.targets.cortex_m.graph import Spec
+from edgekit.targets.cortex_m.graph import Spec, Stream
 
-__all__ = ["CMAKE", "MAKEFILE", "PACKED", "README", "filled", "main_c", "ports"]
+__all__ = ["CALLS", "CALLS_CONSTANT", "CALLS_SEQUENCE", "CMAKE", "MAKEFILE", "PACKED", "README", "filled", "main_c", "ports"]
 
 
 def filled(text: str, values: Mapping[str, str]) -> str:
@@ -16,11 +16,18 @@ def filled(text: str, values: Mapping[str, str]) -> str:
     return text
 
 
-def main_c(inputs: int, outputs: int) -> str:
+def main_c(inputs: int, outputs: int, stream: Stream | None = None) -> str:
     """The application: reads samples, runs the network, writes results."""
     reads = " && ".join(f"ek_input(model_input({i}), MODEL_INPUT_{i}_BYTES)" for i in range(inputs))
     writes = "\n".join(f"        ek_output(model_output({i}), MODEL_OUTPUT_{i}_BYTES);" for i in range(outputs))
-    return _MAIN.replace("@reads@", reads).replace("@writes@", writes)
+    if stream is None:
+        loop, final = _WHOLE, "    return 0;\n"
+    else:
+        loop, final = (_STEPS, "") if stream.sequence else (_CONSTANT, "    return 0;\n")
+        place = "each" if stream.each else "end"
+        loop = loop.replace(f"@{place}@", "@writes@").replace("@each@\n", "").replace("@end@\n", "")
+        writes = writes.replace("        ", "            ") if stream.each else writes
+    return _MAIN.replace("@loop@\n", loop).replace("@final@", final).replace("@reads@", reads).replace("@writes@", writes)
 
 
 def ports(kind: str, specs: Sequence[Spec]) -> str:
@@ -51,12 +58,35 @@ static uint8_t arena[MODEL_ARENA_BYTES] EK_ARENA;
 
 int ek_main(void) {
     model_init(arena, sizeof arena);
-    while (@reads@) {
+@loop@
+@final@}
+"""
+
+_WHOLE = """    while (@reads@) {
         model_run();
 @writes@
     }
-    return 0;
-}
+"""
+
+_STEPS = """    for (;;) {
+        model_reset();
+        for (int t = 0; t < MODEL_TIME_STEPS; t++) {
+            if (!(@reads@)) return 0;
+            model_step();
+@each@
+        }
+@end@
+    }
+"""
+
+_CONSTANT = """    while (@reads@) {
+        model_reset();
+        for (int t = 0; t < MODEL_TIME_STEPS; t++) {
+            model_step();
+@each@
+        }
+@end@
+    }
 """
 
 MAKEFILE = """# make        firmware.elf for @board@ (@target@)
@@ -119,6 +149,24 @@ target_link_options(firmware.elf PRIVATE ${LINK} -T ${CMAKE_BINARY_DIR}/link.ld)
 target_link_libraries(firmware.elf PRIVATE ${LIBRARIES})
 """
 
+CALLS = """    fill(model_input(0));                /* before each run: the arena is reused */
+    model_run();
+    use(model_output(0));"""
+
+CALLS_SEQUENCE = """    model_reset();                       /* states start anew: before each sample, or once for a stream */
+    for (;;) {
+        fill(model_input(0));            /* one time step of the input */
+        model_step();
+        use(model_output(0));            /* so far; after MODEL_TIME_STEPS steps it is the program's */
+    }"""
+
+CALLS_CONSTANT = """    fill(model_input(0));
+    model_reset();                       /* states start anew; reads the input, the same in each step */
+    for (int t = 0; t < MODEL_TIME_STEPS; t++) {
+        model_step();
+        use(model_output(0));            /* so far; after the last step it is the program's */
+    }"""
+
 PACKED = """
 Some weights are packed to 4 or 2 bits and unpacked while the layer runs. That saves flash, not time: the multiplications are the
 same, and the unpacking comes on top.
@@ -146,9 +194,7 @@ To get q from a real number: `q = round_half_even(real / scale) + zero_point`, c
 
     static uint8_t arena[MODEL_ARENA_BYTES] __attribute__((aligned(16)));
     model_init(arena, sizeof arena);     /* once; checks the CRC of all constants */
-    fill(model_input(0));                /* before each run: the arena is reused */
-    model_run();
-    use(model_output(0));
+@calls@
 
 One arena of @arena@ bytes holds every activation and the kernels' scratch. If no output lay over the input it is computed from,
 @bound@ bytes would be the least that the tensors' lifetimes allow. Weights are `const` and stay in flash (section `.weights`).

@@ -132,6 +132,33 @@ def test_firmware_gives_the_spikes_of_the_frozen_program(name: str, core: str, t
     assert spikes.dtype == np.int8 and 0.01 < (spikes > 0).mean() < 0.9
 
 
+@needs_tools
+@pytest.mark.parametrize(("name", "core"), [("residual", "cortex-m4"), ("dense", "cortex-m3"), ("wide", "cortex-m55")])
+def test_one_step_a_call_gives_what_all_steps_give(name: str, core: str, tmp_path: Path) -> None:
+    program, x = _made(name)
+    target = get(core)
+    artifact = target.lower(program, tmp_path / f"model{target.SUFFIX}", target.Options(stream=True))
+    whole = prepare(program, "portable")
+    assert artifact.memory["arena"] < 0.6 * whole.arena
+    (found,) = target.run(artifact.path, [x.numpy()])
+    assert np.array_equal(found, program.run(x)[0].numpy())  # two samples: the state starts anew
+    taps, expected = target.taps(artifact.path, program, [x[:1].numpy()]), program.trace(x[:1])
+    assert taps.keys() == simulate(whole, [x[:1].numpy()])[0].keys()
+    assert [k for k, v in taps.items() if not np.array_equal(expected[k].numpy(), v)] == []
+    assert target.readback(artifact.path, program) == []
+    text = artifact.path.read_text()
+    assert "ek_neurons_step_s16" in text and "model_run" not in text
+
+
+def test_only_spiking_programs_stream() -> None:
+    layer = nn.Sequential(
+        FrozenOp("quantize", 1, {}, scale=1.0, zero_point=0, bits=8), FrozenOp("dequantize", 1, {}, scale=1.0, zero_point=0)
+    )
+    program = freeze_module(layer, (torch.zeros(1, 4),), name="plain")
+    with pytest.raises(UnsupportedError, match="plain has no integer neurons; leave out `stream`"):
+        prepare(program, "portable", stream=True)
+
+
 def test_float_neurons_are_refused() -> None:
     program, _ = dense_program("lif")
     with pytest.raises(UnsupportedError, match=r"layer spike1 .*float .lif_sequence.*weights: int8"):

@@ -7,6 +7,7 @@ multiple-choice knapsack: all points that no other one beats are found by adding
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -155,7 +156,11 @@ def _picked(points: Sequence[Point], limits: Sequence[Budget], noise: Sequence[S
                     found.append(Point(p.cost, total, p.choice))
     if not found:
         both = " and ".join(f"{x.name} {x.share}" for x in limits)
-        raise InputError(f"mixed: no choice of bits keeps both {both}; raise one of them")
+        first, second = limits
+        within = [p for p in front(first.costs, second.costs) if first.within(p.choice)]
+        least = min(second.cost(p.choice) for p in within) / second.whole
+        far = f"within {first.name} {first.share} at least {math.ceil(least * 1000) / 1000:.3f} of int8's {_WORDS[second.name]}"
+        raise InputError(f"mixed: no choice of bits keeps both {both}: {far} are needed; raise one of them")
     return min(found, key=lambda p: (p.noise, p.cost))
 
 

@@ -144,6 +144,10 @@ def test_instructions_beside_bytes_are_kept() -> None:
     least = mixed(Modules, size=0.7, instructions=dear["shares"]["instructions"] - 1e-3, target="cortex-m4")[1]
     assert least.facts["shares"]["instructions"] < dear["shares"]["instructions"]
     assert least.facts["shares"]["size"] <= 0.7 and least.facts["budget"] == "size and instructions"
+    with pytest.raises(InputError, match=r"within size 0.7 at least \d\.\d+ of int8's instructions are needed") as error:
+        mixed(Modules, size=0.7, instructions=1.0, target="cortex-m4")
+    enough = float(str(error.value).split("at least ")[1].split()[0])
+    assert mixed(Modules, size=0.7, instructions=enough, target="cortex-m4")[1].facts["shares"]["instructions"] <= enough
 
 
 def test_two_limits_against_all_choices() -> None:

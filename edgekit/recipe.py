@@ -115,8 +115,8 @@ class Recipe:
     Attributes:
         model: ``file.py:factory``, ``package.module:factory`` or a ``.pt2`` file; the factory returns an ``nn.Module``.
         data: ``file.py:factory`` or ``package.module:factory``; the factory returns an ``edgekit.data.Data``.
-        compress: what is done to the model, in order: ``rewrite``, ``lowrank``, ``binary``, ``repair``, ``ptq``, ``qat``, or
-            a name such as ``static_wi8_ai8``.
+        compress: what is done to the model, in order: ``rewrite``, ``lowrank``, ``binary``, ``repair``, ``ptq``, ``qat``,
+            ``spiking``, or a name such as ``static_wi8_ai8``.
         targets: what it is lowered to, each a name or a name with options.
         verify: what counts as equal.
         profile: devices that files are measured on, such as ``local`` or ``qemu:mps2-an386``.

@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from edgekit.compress.binary.settings import Distill, Stage
-from edgekit.compress.ptq.settings import Mixed, Reconstruct
+from edgekit.compress.ptq.settings import Meta, Mixed, Reconstruct
+from edgekit.compress.spiking.settings import EarlyExit
 from edgekit.files import write_json, write_whole
 from edgekit.recipe import NAMED, SETTINGS, Recipe, Verify
 
@@ -63,7 +64,13 @@ def tables() -> str:
 
     parts: dict[str, type[Any]] = {"Keys of a recipe": Recipe, **{f"`{name}`": kind for name, kind in SETTINGS.items()}}
     parts |= {"`stages` of `binary`": Stage, "`distill` of `binary`": Distill}
-    parts |= {"`reconstruct` of `ptq`": Reconstruct, "`mixed` of `ptq`": Mixed, "`verify`": Verify}
+    parts |= {"`early_exit` of `spiking`": EarlyExit}
+    parts |= {
+        "`reconstruct` of `ptq`": Reconstruct,
+        "`meta` of `reconstruct`": Meta,
+        "`mixed` of `ptq`": Mixed,
+        "`verify`": Verify,
+    }
     groups: dict[type[Any], list[str]] = {}
     for name in TARGETS:  # the Cortex-M cores share theirs
         groups.setdefault(get(name).Options, []).append(f"`{name}`")

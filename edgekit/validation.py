@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
@@ -43,9 +43,10 @@ class Reader:
 def _sentence(error: ErrorDetails, kind: type[Any]) -> str:
     """A pydantic error in the words of recipes."""
     last = str(error["loc"][-1]) if error["loc"] else ""
-    for key in error["loc"][:-1]:  # settings inside settings
+    whole = error["type"] == "dataclass_type"  # no mapping at all: its keys are those of the last name itself
+    for key in error["loc"] if whole else error["loc"][:-1]:  # settings inside settings
         inner = get_type_hints(kind).get(str(key)) if dataclasses.is_dataclass(kind) else None
-        kind = inner if isinstance(inner, type) and dataclasses.is_dataclass(inner) else kind
+        kind = next((x for x in (inner, *get_args(inner)) if isinstance(x, type) and dataclasses.is_dataclass(x)), kind)
     allowed = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"unknown key {last!r}{closest(last, allowed)}"

@@ -78,6 +78,12 @@ FAULTS = {
     "name: x\ncompress:\n  - ptq:\n      weigths: int4": (4, "unknown key 'weigths'; did you mean 'weights'?"),
     "name: x\ncompress:\n  - ptq:\n      samples: 0": (4, "found 0; expected greater than or equal to 1"),
     "name: x\ncompress:\n  - ptq:\n      scopes: {'(': int8}": (4, "'(' is not a regular expression"),
+    "name: x\ncompress:\n  - spiking: {early_exit: {max_dropp: 1}}": (
+        3,
+        "'max_dropp'; did you mean 'max_drop'? allowed: max_drop, samples",
+    ),
+    "name: x\ncompress:\n  - spiking: {early_exit: 3}": (3, "found 3; expected a mapping with the keys max_drop, samples"),
+    "name: x\ncompress:\n  - binary: {stages: [{epoch: 3}]}": (3, "unknown key 'epoch'; did you mean 'epochs'?"),
     "name: x\ncompress:\n  - pqt: {}": (3, "found 'pqt'; did you mean"),
     "compress: static_wi8": (1, "found 'static_wi8'; did you mean 'static_wi8_ai8'?"),
     "compress: []": (1, "the list is empty"),

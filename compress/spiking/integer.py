@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from edgekit.compress.ptq.freeze import bias_integers
 from edgekit.compress.spiking.integer_cells import THRESHOLD_MAX, Cell, bounds, compact, fitting_unit, rounded
 from edgekit.compress.spiking.integer_sums import joint
-from edgekit.errors import ModelError
+from edgekit.errors import ModelError, UnsupportedError
 from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module
 from edgekit.frozen.ops import integer_range
 from edgekit.nir import interpret
@@ -115,7 +115,10 @@ class _Signal:
 class _Integer:
     def __init__(self, program: FrozenProgram, inputs: Sequence[Tensor], weight_bits: int) -> None:
         self.program, self.bits = program, weight_bits
-        self.graph = to_nir(program)
+        try:
+            self.graph = to_nir(program)  # integers are made of the network as NIR holds it
+        except UnsupportedError as error:
+            raise UnsupportedError(str(error).replace("target nir", "spiking integers", 1)) from error
         self.flat: Flat = flatten(self.graph)
         self.facts = self.graph.metadata
         self.steps, self.dt = int(self.facts["steps"]), step_length(self.graph)

@@ -64,6 +64,10 @@ class _Export:
     def graph(self) -> Any:
         import nir
 
+        for node in self.program.module.graph.nodes:  # maxima of counts are many operators; said as what they are
+            if node.op == "call_function" and _op(node).startswith("aten.max_pool"):
+                reason = "a max pool has no form in NIR (of spike counts, no chip computes it)"
+                raise self._error(Refused(reason, REMEDIES["max_pool2d"]), self.names.get(node.name, node.name))
         for node in self.program.module.graph.nodes:
             if node.op == "placeholder":
                 self._input(node)
@@ -109,6 +113,7 @@ class _Export:
     def _call(self, node: fx.Node) -> None:
         op = _op(node)
         inputs = [a for a in node.args if isinstance(a, fx.Node) and a in self.values]
+        inputs = inputs or [a for a in node.all_input_nodes if a in self.values]  # in a list, as of a concatenation
         if not inputs:
             raise Refused(f"operator {op} is computed from constants alone", "fold it before")
         if op in _TIME:

@@ -203,12 +203,13 @@ RULES: dict[str, Callable[[Call], Any]] = {
 
 _INTEGER = "the rounding and saturation of integer networks have no form in NIR: export the float program"
 REMEDIES = {
-    "max_pool2d": "use an average pool",
+    "max_pool2d": "use an average pool (recipe block spiking: max_pool: average)",
+    "cat": "sum the branches instead, or take target executorch, tflite or onnx",
     "batch_norm": "fold the batch normalization into the layer before it",
     "relu": "convert the activation to neurons (recipe block spiking)",
     "sub": "put the constant into the bias of the layer before",
     "add": "put the constant into the bias of the layer before",
     **dict.fromkeys(("qlif_sequence", "spiking_linear", "spiking_conv2d", "qaccumulate", "qconv2d", "qlinear"), _INTEGER),
-    **dict.fromkeys(("add_currents", "add_spikes"), _INTEGER),
+    **dict.fromkeys(("add_currents", "add_spikes", "quantize", "dequantize"), _INTEGER),
 }
 """What to do about an operator without a rule."""

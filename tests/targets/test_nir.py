@@ -227,6 +227,11 @@ class Turned(nn.Module):
         return x.reshape(len(x), 4, 2, 4)
 
 
+class Joined(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, 2 * x], 1)
+
+
 def test_what_nir_cannot_hold_is_refused_by_layer() -> None:
     class Net(nn.Module):
         def __init__(self, *middle: nn.Module) -> None:
@@ -241,10 +246,11 @@ def test_what_nir_cannot_hold_is_refused_by_layer() -> None:
 
     x = torch.rand(1, 2, 4, 4)
     for part, sentence in (
-        (nn.MaxPool2d(2), r"layer middle\.0: operator aten\.max_pool2d\.default has no form in NIR; use an average pool"),
+        (nn.MaxPool2d(2), r"layer middle\.0: a max pool has no form in NIR .*; use an average pool"),
         (nn.ReLU(), "convert the activation to neurons"),
         (nn.BatchNorm2d(2), "fold the batch normalization"),
         (nn.AvgPool2d(3, padding=1, count_include_pad=False), "its average leaves padding out"),
+        (Joined(), r"layer middle\.0.*: operator aten\.cat\.default has no form in NIR; sum the branches instead"),
         (Turned(), "it reshapes \\(2, 4, 4\\) to \\(4, 2, 4\\), and NIR has Flatten only"),
     ):
         with pytest.raises(UnsupportedError, match=sentence):

@@ -1,4 +1,4 @@
-/* What the variants implement: the inner loop over up to 8 pixels and any number of blocks of 8 outputs. */
+/* What the variants implement: the inner loop over up to 16 pixels and any number of blocks of 8 outputs. */
 #ifndef EK_BINARY_INTERNAL_H
 #define EK_BINARY_INTERNAL_H
 
@@ -10,18 +10,19 @@
 #error "packed weights and activations are little-endian"
 #endif
 
-enum { EKB_PIXELS = 8 };
+enum { EKB_PIXELS = 16 };
 
 /* Words of a pixel that lie one after the other make a row; there may be several, x_row bytes apart. With a mask, x counts only
  * where the mask has a bit. */
 typedef struct {
     const uint8_t *x[EKB_PIXELS];
-    const uint8_t *mask[EKB_PIXELS]; /* all NULL: none */
+    const uint8_t *mask[EKB_PIXELS]; /* all NULL: none; pixels that share one have no bit of x outside it */
     const uint8_t *w;                /* block 0's first word */
     const uint8_t *tails;            /* 64 bytes a block: one more word behind the last row; or NULL */
+    int32_t tail;                    /* bytes of it that count, where they also lie behind the block's words; or 0 */
     ptrdiff_t w_block, w_row, x_row; /* bytes */
     int32_t rows, words;
-    int32_t ones; /* acc = ones - 2 * number of differing bits */
+    int32_t ones[EKB_PIXELS]; /* acc = ones - 2 * number of differing bits; all alike where bits are wanted */
     uint8_t *bits[EKB_PIXELS]; /* one byte a block, bit = acc >= threshold; or NULL and */
     const int32_t *threshold;
     int32_t *acc;

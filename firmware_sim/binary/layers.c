@@ -1,8 +1,8 @@
 /* The layers: which pixels, taps and blocks the inner loops get, and what becomes of the sums.
  *
  * Where a tap is whole words, the taps of a kernel row inside the image lie one after the other in x, and are read in place: pixels
- * with the same taps inside the image go together, and no tap outside is touched. Else the taps of up to 8 pixels are copied
- * together, with a mask where some are outside. */
+ * with the same taps inside the image go together, and no tap outside is touched. Else their taps are copied together first, with a
+ * mask where some are outside. */
 #include "internal.h"
 
 #include <stdlib.h>
@@ -22,7 +22,7 @@ typedef struct {
     void *memory;
 } layer;
 
-/* Where the results of up to 8 pixels go. */
+/* Where the results of up to 16 pixels go. */
 typedef struct {
     ptrdiff_t index[EKB_PIXELS];
     ptrdiff_t pixel; /* bytes of a packed one */
@@ -52,6 +52,10 @@ static int prepare(layer *l, int32_t outputs, int32_t bytes, int64_t sums, const
     size_t at_last = 0, at_tails = at_last + (l->rest ? up(64 * (size_t)l->words) : 0);
     size_t at_wide = at_tails + (l->tail ? up(64 * (size_t)blocks) : 0);
     size_t at_acc = at_wide + up(512 * (size_t)words * (size_t)l->wide_blocks);
+    if (end->bits && !l->rest && at_acc == 0) { /* whole bytes, written by the kernel itself from what it is given */
+        l->threshold = end->threshold;
+        return 0;
+    }
     size_t at_bias = at_acc + up(4 * EKB_PIXELS * 8 * (size_t)blocks), at_multiplier = at_bias + up(32 * (size_t)blocks);
     size_t at_integers = at_multiplier + up(32 * (size_t)blocks), size = at_integers + up(EKB_PIXELS * 8 * (size_t)blocks);
     uint8_t *m = l->memory = malloc(size + 64);
@@ -106,10 +110,10 @@ static void sweep(const layer *l, ekb_job *job, int32_t pixels, ptrdiff_t first_
         l->variant->wide_tile(job, pixels, 0, wide);
         job->words -= extra, job->w_row /= 8;
     }
-    job->tails = l->tails, job->w = l->weight + 64 * first_word, job->w_block = 8 * l->bytes;
+    job->tails = l->tails, job->tail = l->tail, job->w = l->weight + 64 * first_word, job->w_block = 8 * l->bytes;
     l->variant->tile(job, pixels, 8 * wide, l->full);
     if (l->rest) {
-        job->w = l->last + 64 * first_word, job->w_block = 0;
+        job->tail = 0, job->w = l->last + 64 * first_word, job->w_block = 0;
         l->variant->tile(job, pixels, l->full, l->full + 1);
     }
 }
@@ -163,21 +167,17 @@ static void turn(const layer *l, const int8_t *from, ptrdiff_t pixels, int8_t *o
         }
 }
 
-/* Up to 8 pixels with all their words; `counted`: for each the number of x that count, where there is a mask. */
-static void chunk(const layer *l, ekb_job *job, const place *to, int32_t pixels, ptrdiff_t first_word, const int32_t *counted)
+/* Up to 16 pixels with all their words. */
+static void chunk(const layer *l, ekb_job *job, const place *to, int32_t pixels, ptrdiff_t first_word)
 {
-    int direct = l->end->bits && !job->mask[0] && to->first_output % 8 == 0 && (to->first_output == 0 || l->rest == 0);
+    int direct = l->end->bits && to->first_output % 8 == 0 && (to->first_output == 0 || l->rest == 0);
     job->acc = l->acc, job->acc_pixel = 8 * (ptrdiff_t)(l->full + (l->rest != 0));
     job->threshold = l->threshold;
     for (int32_t p = 0; p < pixels; p++)
         job->bits[p] = direct ? l->end->bits + to->index[p] * to->pixel + to->first_output / 8 : NULL;
     sweep(l, job, pixels, first_word);
-    if (direct)
-        return;
-    for (int32_t p = 0; p < pixels && counted; p++)
-        for (int32_t o = 0; o < job->acc_pixel; o++)
-            l->acc[p * job->acc_pixel + o] += counted[p];
-    finish(l, to, pixels);
+    if (!direct)
+        finish(l, to, pixels);
 }
 
 /* ---- convolution */
@@ -202,34 +202,10 @@ static int32_t same(const ekb_conv *s, int axis, int32_t from, int32_t size, int
     return from;
 }
 
-/* Taps of whole words, read in place: rectangles of pixels with the same taps inside the image. */
-static void in_place(const ekb_conv *s, const layer *l, const uint8_t *x, place to)
-{
-    const ptrdiff_t c = (s->channels + 7) / 8, row = c * s->width, image = row * s->height;
-    const ptrdiff_t plane = (ptrdiff_t)s->out_height * s->out_width;
-    for (int32_t n = 0; n < s->batch; n++)
-        for (int32_t h = 0, h_end, k0, k1; h < s->out_height; h = h_end) {
-            h_end = same(s, 0, h, s->height, s->out_height, &k0, &k1);
-            for (int32_t w = 0, w_end, t0, t1; w < s->out_width; w = w_end) {
-                w_end = same(s, 1, w, s->width, s->out_width, &t0, &t1);
-                ekb_job job = {.rows = t1 > t0 ? k1 - k0 : 0, .words = (int32_t)((t1 - t0) * c / 8)};
-                job.x_row = s->dilation[0] * row, job.w_row = 8 * c * s->kernel[1];
-                job.ones = job.rows * (t1 - t0) * s->channels;
-                int32_t pixels = 0;
-                for (int32_t i = h; i < h_end; i++)
-                    for (int32_t j = w; j < w_end; j++) {
-                        ptrdiff_t top = i * s->stride[0] - s->padding[0] + k0 * s->dilation[0];
-                        ptrdiff_t left = j * s->stride[1] - s->padding[1] + t0 * s->dilation[1];
-                        job.x[pixels] = x + n * image + (job.rows ? top * row + left * c : 0);
-                        to.index[pixels++] = n * plane + i * s->out_width + j;
-                        if (pixels == EKB_PIXELS || (i == h_end - 1 && j == w_end - 1)) {
-                            chunk(l, &job, &to, pixels, (k0 * s->kernel[1] + t0) * c / 8, NULL);
-                            pixels = 0;
-                        }
-                    }
-            }
-        }
-}
+/* Taps of a kernel that are inside the image, rows and columns. */
+typedef struct {
+    int32_t k0, k1, t0, t1;
+} taps;
 
 /* Channels of a group of a pixel, where they do not begin or end at a byte. */
 static void copy_channels(uint8_t *to, const uint8_t *pixel, int32_t first, int32_t count)
@@ -239,59 +215,107 @@ static void copy_channels(uint8_t *to, const uint8_t *pixel, int32_t first, int3
         to[i >> 3] |= (uint8_t)((pixel[(first + i) >> 3] >> ((first + i) & 7) & 1) << (i & 7));
 }
 
-/* The taps of one pixel, and a mask with ones where they are inside the image; gives the number of channels inside. */
-static int32_t gather(const ekb_conv *s, const uint8_t *image, int32_t group, int32_t i, int32_t j, uint8_t *patch, uint8_t *mask)
+/* Runs of 8 to 16 bytes, one for each of n kernel rows, for some pixels: calls of memcpy would take longer. */
+static __attribute__((noinline)) void copy_runs(uint8_t *to, ptrdiff_t to_row, ptrdiff_t padded, const uint8_t *from, ptrdiff_t row,
+                                                ptrdiff_t step, int32_t pixels, int32_t n, ptrdiff_t run)
 {
-    const int32_t count = s->channels / s->groups, bytes = (count + 7) / 8, first = group * count;
-    const ptrdiff_t c = (s->channels + 7) / 8, row = c * s->width;
-    const int aligned = first % 8 == 0 && (count % 8 == 0 || s->groups == 1);
-    int32_t k0, k1, t0, t1, top = i * s->stride[0] - s->padding[0], left = j * s->stride[1] - s->padding[1];
-    inside(top, s->height, s->kernel[0], s->dilation[0], &k0, &k1);
-    inside(left, s->width, s->kernel[1], s->dilation[1], &t0, &t1);
-    for (int32_t k = k0; k < k1 && t1 > t0; k++) {
-        const uint8_t *from = image + (top + k * s->dilation[0]) * row + (left + t0 * s->dilation[1]) * c;
-        ptrdiff_t at = (ptrdiff_t)(k * s->kernel[1] + t0) * bytes;
-        memset(mask + at, 255, (size_t)(t1 - t0) * (size_t)bytes);
-        if (aligned && c == bytes && s->dilation[1] == 1) {
-            memcpy(patch + at, from, (size_t)(t1 - t0) * (size_t)bytes);
-            continue;
+    for (; pixels > 0; pixels--, to += padded, from += step) {
+        uint8_t *out = to;
+        const uint8_t *in = from;
+        for (int32_t k = n; k > 0; k--, out += to_row, in += row) {
+            uint64_t first = ekb_word(in), last = ekb_word(in + run - 8);
+            memcpy(out, &first, 8);
+            memcpy(out + run - 8, &last, 8);
         }
-        for (int32_t t = t0; t < t1; t++, at += bytes, from += s->dilation[1] * c)
-            if (aligned)
-                memcpy(patch + at, from + first / 8, (size_t)bytes);
-            else
-                copy_channels(patch + at, from, first, count);
     }
-    return t1 > t0 ? (k1 - k0) * (t1 - t0) * count : 0;
 }
 
-static int gathered(const ekb_conv *s, const layer *l, const uint8_t *x, place to, int32_t group)
+/* The taps inside the image of one pixel, of which `from` is the first. */
+static void gather(const ekb_conv *s, const taps *in, int32_t group, const uint8_t *from, uint8_t *patch)
 {
-    const ptrdiff_t row = (ptrdiff_t)((s->channels + 7) / 8) * s->width, plane = (ptrdiff_t)s->out_height * s->out_width;
-    const size_t padded = 8 * (size_t)(l->words + 1);
-    uint8_t *patches = malloc(2 * EKB_PIXELS * padded), *masks = patches + EKB_PIXELS * padded;
-    if (!patches)
-        return -1;
-    int32_t counted[EKB_PIXELS], pixels = 0, all = s->kernel[0] * s->kernel[1] * (s->channels / s->groups), whole = 1;
-    const int64_t last = (int64_t)s->batch * plane;
-    for (int64_t at = 0; at < last; at++) {
-        int32_t n = (int32_t)(at / plane), i = (int32_t)(at % plane / s->out_width), j = (int32_t)(at % s->out_width);
-        if (pixels == 0) {
-            memset(patches, 0, 2 * EKB_PIXELS * padded);
-            whole = 1;
-        }
-        uint8_t *patch = patches + (size_t)pixels * padded, *mask = masks + (size_t)pixels * padded;
-        counted[pixels] = gather(s, x + n * row * s->height, group, i, j, patch, mask);
-        whole &= counted[pixels] == all;
-        to.index[pixels++] = at;
-        if (pixels < EKB_PIXELS && at + 1 < last)
+    const int32_t count = s->channels / s->groups, first = group * count;
+    const ptrdiff_t c = (s->channels + 7) / 8, row = s->dilation[0] * c * s->width, bytes = (count + 7) / 8;
+    const ptrdiff_t patch_row = bytes * s->kernel[1], run = bytes * (in->t1 - in->t0);
+    const int aligned = first % 8 == 0 && (count % 8 == 0 || s->groups == 1), one_run = c == bytes && s->dilation[1] == 1;
+    patch += in->k0 * patch_row + in->t0 * bytes;
+    for (int32_t k = in->k0; k < in->k1; k++, from += row, patch += patch_row) {
+        if (aligned && one_run) {
+            memcpy(patch, from, (size_t)run);
             continue;
-        ekb_job job = {.rows = 1, .words = l->words, .ones = whole ? all : 0};
-        for (int32_t p = 0; p < pixels; p++)
-            job.x[p] = patches + (size_t)p * padded, job.mask[p] = whole ? NULL : masks + (size_t)p * padded;
-        chunk(l, &job, &to, pixels, 0, whole ? NULL : counted);
-        pixels = 0;
+        }
+        for (ptrdiff_t t = 0; t < in->t1 - in->t0; t++) {
+            const uint8_t *pixel = from + t * s->dilation[1] * c;
+            if (aligned)
+                memcpy(patch + t * bytes, pixel + first / 8, (size_t)bytes);
+            else
+                copy_channels(patch + t * bytes, pixel, first, count);
+        }
     }
+}
+
+/* A rectangle of pixels of image n that have the same taps inside it; `patches`: 16 of them and a mask, or NULL, to read x in place. */
+static void rectangle(const ekb_conv *s, const layer *l, const uint8_t *x, place *to, const int32_t h[2], const int32_t w[2],
+                      const taps *in, int32_t n, int32_t group, uint8_t *patches)
+{
+    const int32_t count = s->channels / s->groups, across = in->t1 - in->t0;
+    const ptrdiff_t c = (s->channels + 7) / 8, row = c * s->width, bytes = (count + 7) / 8;
+    const ptrdiff_t padded = 8 * (ptrdiff_t)(l->words + (l->tail != 0)), first_word = (in->k0 * s->kernel[1] + in->t0) * bytes / 8;
+    const int some = in->k1 > in->k0 && across > 0, all = in->k1 - in->k0 == s->kernel[0] && across == s->kernel[1];
+    ekb_job job = {.rows = some ? in->k1 - in->k0 : 0, .words = (int32_t)(across * bytes / 8)};
+    job.x_row = s->dilation[0] * row, job.w_row = 8 * c * s->kernel[1];
+    uint8_t *mask = patches + EKB_PIXELS * padded;
+    if (patches) {
+        job.rows = 1, job.words = l->words;
+        memset(patches, 0, (EKB_PIXELS + 1) * (size_t)padded);
+        for (int32_t k = in->k0; k < in->k1 && some; k++)
+            memset(mask + (k * s->kernel[1] + in->t0) * bytes, 255, (size_t)(across * bytes));
+    }
+    for (int32_t p = 0; p < EKB_PIXELS; p++)
+        job.ones[p] = some ? (in->k1 - in->k0) * across * count : 0, job.mask[p] = patches && !all ? mask : NULL;
+    const ptrdiff_t run = bytes * across, step = s->stride[1] * c, patch_row = bytes * s->kernel[1];
+    const ptrdiff_t left = w[0] * s->stride[1] - s->padding[1] + in->t0 * s->dilation[1];
+    const int short_runs = s->groups == 1 && s->dilation[1] == 1 && run >= 8 && run <= 16;
+    int32_t pixels = 0;
+    for (int32_t i = h[0]; i < h[1]; i++) {
+        const ptrdiff_t top = i * s->stride[0] - s->padding[0] + in->k0 * s->dilation[0];
+        const ptrdiff_t line = (n * (ptrdiff_t)s->out_height + i) * s->out_width;
+        const uint8_t *from = some ? x + (n * (ptrdiff_t)s->height + top) * row + left * c : x;
+        for (int32_t j = w[0], m; j < w[1]; j += m) {
+            m = EKB_PIXELS - pixels < w[1] - j ? EKB_PIXELS - pixels : w[1] - j;
+            uint8_t *patch = patches ? patches + pixels * padded : NULL;
+            if (patches && some && short_runs)
+                copy_runs(patch + in->k0 * patch_row + in->t0 * bytes, patch_row, padded, from, job.x_row, step, m, in->k1 - in->k0, run);
+            for (int32_t p = 0; p < m && patches && some && !short_runs; p++)
+                gather(s, in, group, from + p * step, patch + p * padded);
+            for (int32_t p = 0; p < m; p++) {
+                job.x[pixels + p] = patches ? patch + p * padded : from + (some ? p * step : 0);
+                to->index[pixels + p] = line + j + p;
+            }
+            pixels += m, from += some ? m * step : 0;
+            if (pixels == EKB_PIXELS || (i == h[1] - 1 && j + m == w[1])) {
+                chunk(l, &job, to, pixels, patches ? 0 : first_word);
+                pixels = 0;
+            }
+        }
+    }
+}
+
+/* Where a tap is whole words, x is read in place. */
+static int convolve(const ekb_conv *s, const layer *l, const uint8_t *x, place to, int32_t group)
+{
+    const int in_place = s->groups == 1 && (s->channels + 7) / 8 % 8 == 0 && (s->dilation[1] == 1 || s->kernel[1] == 1);
+    uint8_t *patches = in_place ? NULL : calloc(EKB_PIXELS + 1, 8 * (size_t)(l->words + 1));
+    if (!in_place && !patches)
+        return -1;
+    for (int32_t n = 0; n < s->batch; n++)
+        for (int32_t h[2] = {0, 0}; h[0] < s->out_height; h[0] = h[1]) {
+            taps in;
+            h[1] = same(s, 0, h[0], s->height, s->out_height, &in.k0, &in.k1);
+            for (int32_t w[2] = {0, 0}; w[0] < s->out_width; w[0] = w[1]) {
+                w[1] = same(s, 1, w[0], s->width, s->out_width, &in.t0, &in.t1);
+                rectangle(s, l, x, &to, h, w, &in, n, group, patches);
+            }
+        }
     free(patches);
     return 0;
 }
@@ -301,7 +325,6 @@ int ekb_conv2d(const ekb_conv *s, const uint8_t *x, const uint8_t *weight, const
     const int32_t outputs = s->out_channels / s->groups, count = s->channels / s->groups, taps = s->kernel[0] * s->kernel[1];
     const int32_t bytes = taps * ((count + 7) / 8);
     const ptrdiff_t plane = (ptrdiff_t)s->out_height * s->out_width;
-    const int direct = s->groups == 1 && (count + 7) / 8 % 8 == 0 && (s->dilation[1] == 1 || s->kernel[1] == 1);
     if (end->bits && outputs % 8)
         memset(end->bits, 0, (size_t)(s->batch * plane) * (size_t)((s->out_channels + 7) / 8));
     for (int32_t group = 0, failed; group < s->groups; group++) {
@@ -321,11 +344,7 @@ int ekb_conv2d(const ekb_conv *s, const uint8_t *x, const uint8_t *weight, const
             free(l.memory);
             return -1;
         }
-        failed = 0;
-        if (direct)
-            in_place(s, &l, x, to);
-        else
-            failed = gathered(s, &l, x, to, group);
+        failed = convolve(s, &l, x, to, group);
         for (int32_t n = 0; n < s->batch && l.turned; n++)
             turn(&l, l.turned + n * plane * stride, plane, own.integers + n * plane * s->out_channels);
         free(l.turned);
@@ -347,18 +366,18 @@ static int rows_of(const layer *l, int32_t rows, int32_t features, const uint8_t
         return -1;
     place to = {.pixel = (l->outputs + 7) / 8};
     for (int32_t r = 0; r < rows; r += EKB_PIXELS) {
-        ekb_job job = {.rows = 1, .words = l->words, .ones = ones ? 0 : features};
-        int32_t n = rows - r < EKB_PIXELS ? rows - r : EKB_PIXELS, counted[EKB_PIXELS] = {0};
+        ekb_job job = {.rows = 1, .words = l->words};
+        int32_t n = rows - r < EKB_PIXELS ? rows - r : EKB_PIXELS;
         for (int32_t p = 0; p < n; p++) {
             const uint8_t *row = x + (r + p) * l->bytes;
             to.index[p] = first_row + r + p;
             if (l->tail)
                 row = memcpy(copies + (size_t)p * padded, row, (size_t)l->bytes);
-            job.x[p] = ones ? ones : row, job.mask[p] = ones ? row : NULL;
+            job.x[p] = ones ? ones : row, job.mask[p] = ones ? row : NULL, job.ones[p] = ones ? 0 : features;
             for (ptrdiff_t i = 0; ones && i < l->bytes; i++)
-                counted[p] += __builtin_popcount(row[i]);
+                job.ones[p] += __builtin_popcount(row[i]);
         }
-        chunk(l, &job, &to, n, 0, ones ? counted : NULL);
+        chunk(l, &job, &to, n, 0);
     }
     free(copies);
     return 0;

@@ -24,7 +24,7 @@ static void store(const ekb_job *job, int32_t p, int32_t block, const uint64_t d
 {
     uint32_t byte = 0;
     for (int o = 0; o < 8; o++) {
-        int32_t acc = job->ones - 2 * (int32_t)differing[o];
+        int32_t acc = job->ones[p] - 2 * (int32_t)differing[o];
         if (job->bits[0])
             byte |= (uint32_t)(acc >= job->threshold[8 * block + o]) << o;
         else

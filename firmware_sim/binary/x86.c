@@ -14,7 +14,7 @@
 AVX512 INLINE void store512(const ekb_job *job, int p, int block, __m512i differing)
 {
     __m256i twice = _mm256_slli_epi32(_mm512_cvtepi64_epi32(differing), 1);
-    __m256i acc = _mm256_sub_epi32(_mm256_set1_epi32(job->ones), twice);
+    __m256i acc = _mm256_sub_epi32(_mm256_set1_epi32(job->ones[p]), twice);
     if (job->bits[0])
         job->bits[p][block] =
             (uint8_t)_mm256_cmpge_epi32_mask(acc, _mm256_loadu_si256((const __m256i *)(job->threshold + 8 * block)));
@@ -144,7 +144,7 @@ AVX2 INLINE void run256(__m256i sum[2][2], __m256i low[2][2], int *pending, cons
 
 AVX2 static void store256(const ekb_job *job, int p, int block, __m256i differing)
 {
-    __m256i acc = _mm256_sub_epi32(_mm256_set1_epi32(job->ones), _mm256_slli_epi32(differing, 1));
+    __m256i acc = _mm256_sub_epi32(_mm256_set1_epi32(job->ones[p]), _mm256_slli_epi32(differing, 1));
     if (job->bits[0]) {
         __m256i less = _mm256_cmpgt_epi32(_mm256_loadu_si256((const __m256i *)(job->threshold + 8 * block)), acc);
         job->bits[p][block] = (uint8_t)~_mm256_movemask_ps(_mm256_castsi256_ps(less));
@@ -224,7 +224,7 @@ AVX2 static void store_wide(const ekb_job *job, int p, int block, const __m256i 
         uint32_t mask = 0;
         for (int k = 0; k < 4; k++) {
             __m128i eight = k & 1 ? _mm256_extracti128_si256(in_order[k >> 1], 1) : _mm256_castsi256_si128(in_order[k >> 1]);
-            __m256i acc = _mm256_sub_epi32(_mm256_set1_epi32(job->ones), _mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 1));
+            __m256i acc = _mm256_sub_epi32(_mm256_set1_epi32(job->ones[p]), _mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 1));
             ptrdiff_t at = 64 * (ptrdiff_t)block + 32 * half + 8 * k;
             if (job->bits[0]) {
                 __m256i less = _mm256_cmpgt_epi32(_mm256_loadu_si256((const __m256i *)(job->threshold + at)), acc);
@@ -340,7 +340,7 @@ POPCNT static void tile_popcnt(const ekb_job *job, int32_t pixels, int32_t block
             }
             uint32_t byte = 0;
             for (int o = 0; o < 8; o++) {
-                int32_t acc = job->ones - 2 * (int32_t)counts[o];
+                int32_t acc = job->ones[p] - 2 * (int32_t)counts[o];
                 if (job->bits[0])
                     byte |= (uint32_t)(acc >= job->threshold[8 * block + o]) << o;
                 else

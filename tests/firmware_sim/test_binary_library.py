@@ -142,11 +142,42 @@ def test_convolutions(variant: Variant, seed: int, data: st.DataObject) -> None:
     size = [
         data.draw(st.integers(max(1, d * (k - 1) + 1 - 2 * p), 11)) for k, p, d in zip(kernel, padding, dilation, strict=True)
     ]
-    batch = data.draw(st.integers(1, 2))
-    x = packed(rng, batch, *size, channels)
+    x = packed(rng, data.draw(st.integers(1, 2)), *size, channels)
     weight = packed(rng, outputs, *kernel, channels // groups)
     end = ends(rng, outputs, weight.shape[1] * weight.shape[2] * channels // groups, data.draw(st.booleans()))
-    geometry = (stride, padding, dilation, groups)
+    convolve(variant, x, weight, channels, end, (stride, padding, dilation, groups))
+
+
+@pytest.mark.parametrize(
+    ("channels", "outputs", "kernel", "size", "stride", "groups"),
+    [
+        (32, 32, 3, 12, 1, 1),  # 4 words and 4 bytes
+        (32, 20, 3, 9, 2, 1),
+        (64, 48, 3, 8, 1, 2),  # the same in each group
+        (64, 64, 3, 8, 1, 1),  # 3 words in 3 rows
+        (64, 24, 1, 9, 1, 1),  # 1, 2 and 4 words
+        (128, 8, 1, 7, 2, 1),
+        (256, 72, 1, 5, 1, 1),
+        (512, 16, 3, 4, 1, 1),  # more words than a sum in bytes holds
+    ],
+)
+def test_convolutions_with_kernels_of_their_own(
+    variant: Variant, channels: int, outputs: int, kernel: int, size: int, stride: int, groups: int
+) -> None:
+    rng = np.random.default_rng(channels + outputs + kernel)
+    x, weight = packed(rng, 2, size, size, channels), packed(rng, outputs, kernel, kernel, channels // groups)
+    end = ends(rng, outputs, min(kernel * kernel * channels // groups, 40), False)
+    pad = kernel // 2
+    convolve(variant, x, weight, channels, end, ([stride, stride], [pad, pad], [1, 1], groups))
+
+
+def convolve(
+    variant: Variant, x: np.ndarray, weight: np.ndarray, channels: int, end: dict[str, Any],
+    geometry: tuple[list[int], list[int], list[int], int],
+) -> None:  # fmt: skip
+    """Both results of a convolution beside the operators'."""
+    (batch, *size, _), (outputs, *kernel, _) = x.shape, weight.shape
+    stride, padding, dilation, groups = geometry
     bits = OPS.binary_conv2d(tensor(x), tensor(weight), channels, tensor(end["threshold"]), *geometry).numpy()
     integers = OPS.binary_qconv2d(
         tensor(x), tensor(weight), channels, tensor(end["scale"]), tensor(end["bias"]), end["out_scale"], end["out_zp"],
@@ -177,6 +208,17 @@ def test_linear_layers(variant: Variant, seed: int, rows: int, features: int, ou
     np.testing.assert_array_equal(np.frombuffer(found, np.uint8).reshape(bits.shape), bits)
     found = variant.ask(1, shape, [x, weight, *requantized(end)], integers.size)
     np.testing.assert_array_equal(np.frombuffer(found, np.int8).reshape(integers.shape), integers)
+
+
+@pytest.mark.parametrize("features", [64, 256, 448, 512, 1984, 2048, 2304])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_sums_that_are_as_large_as_they_get(variant: Variant, features: int, rows: int) -> None:
+    """Every sign differs, or none, and thresholds are at the very sums."""
+    x = np.full((rows, features // 8), 255, np.uint8)
+    weight = np.repeat(np.array([0, 255], np.uint8), 8 * features // 8).reshape(16, -1)
+    threshold = np.array([-features, -features + 1] * 4 + [features, features + 1] * 4, np.int32)
+    found = variant.ask(1, [rows, features, 16, *[0] * 10, 0, 0, 0], [x, weight, threshold], 2 * rows)
+    assert found == b"\x55\x55" * rows
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 20), st.integers(1, 150), st.integers(1, 150), st.booleans())

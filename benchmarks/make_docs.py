@@ -381,6 +381,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "firmware": lambda rows: firmware_docs.firmware(rows, TITLES),
     "binary_firmware": binary_docs.firmware,
     "binary_host": binary_host_docs.binary_host,
+    "binary_aarch64": binary_host_docs.binary_aarch64,
     "snn_nir": snn_nir.section,
     "snn_simulators": snn_simulators_docs.simulators,
     "snn_firmware": binary_docs.spiking,

@@ -19,7 +19,7 @@ from edgekit.firmware_sim.memory import symbols
 from edgekit.firmware_sim.qemu import Result, run
 from edgekit.firmware_sim.toolchain import Firmware, build, find
 
-__all__ = ["Counts", "count"]
+__all__ = ["Counts", "count", "plugin_library"]
 
 SOURCE = Path(__file__).resolve().parent / "plugin.c"
 OUTSIDE = ("ek_main", "ek_input", "ek_output", "ek_exit")
@@ -94,7 +94,12 @@ def count(firmware: Firmware, data: bytes = b"", marks: Sequence[str] = (), limi
     return _by_timer(firmware, data, limit, note)
 
 
-def _plugin(folder: Path) -> Path:
+def plugin_library(folder: Path) -> Path:
+    """The counting plugin, compiled into ``folder``; ``plugin.c`` has its options. qemu-aarch64 takes it too.
+
+    Raises:
+        MissingTool: no C compiler of this machine, or it fails.
+    """
     library = folder / "libcount.so"
     command = [find("gcc"), "-O2", "-shared", "-fPIC", "-fvisibility=hidden", str(SOURCE), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -111,7 +116,7 @@ def _by_plugin(firmware: Firmware, data: bytes, marks: Sequence[str], limit: flo
         raise EdgekitError(f"the firmware has no function {unknown[0]!r} to count: it is not linked, or was inlined")
     names = [*marks, *(name for name in OUTSIDE if name in addresses and name not in marks)] if marks else []
     with tempfile.TemporaryDirectory(prefix="edgekit-") as folder:
-        library, out = _plugin(Path(folder)), Path(folder) / "counts"
+        library, out = plugin_library(Path(folder)), Path(folder) / "counts"
         apart = [f"apart={start:x}-{start + size:x}" for start, size, name in table if name.startswith(_LIBRARIES)]
         option = ",".join([str(library), f"out={out}", *(f"mark={addresses[name]:x}" for name in names), *apart])
         result = run(firmware, data, limit, ["-plugin", option]).checked()

@@ -335,9 +335,14 @@ def ragged(file: h5py.File) -> None:
     file["node/nodes/spike1/r"] = np.ones(3)
 
 
+def holed(file: h5py.File) -> None:
+    file["node/nodes/head/weight"][0, 0] = np.nan
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "sentence"),
     [
+        (holed, FormatError, r"/node/nodes/head/weight holds 1 NaN values of \d+; make the file again"),
         (newer, FormatError, r"written by nir 2\.1\.0; this edgekit reads files of nir 1\.x and older"),
         (kind_of("pool", "MaxPool2d"), UnsupportedError, r"node pool is a 'MaxPool2d', which NIR 1\.0\.8 does not have"),
         (without("node/nodes/head/weight"), FormatError, r"node head \(Affine\) cannot be made: missing .*'weight'"),

@@ -217,7 +217,8 @@ def remarks(found: Predictions) -> list[str]:
     said = [w for t in found.targets for w in t.warnings]
     for t in found.targets:
         if kinds := sorted({k for r in t.rows for k in r.left_out}):
-            said.append(f"{t.target}: not in the table and left out of the cost: {', '.join(kinds)}")
+            code = ", their code also of the bytes" if t.unit == "instructions" else ""  # a firmware holds its kernels
+            said.append(f"{t.target}: not in the table and left out of the cost{code}: {', '.join(kinds)}")
     machines: dict[str, list[str]] = {}
     for t in found.targets:
         error = "" if t.largest_error is None else f", at most {100 * t.largest_error:.0f} % off on networks it was not made from"

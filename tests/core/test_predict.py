@@ -55,7 +55,9 @@ def test_no_table(tmp_path: Path) -> None:
 
 
 def test_what_no_row_is_for_has_a_size_and_no_cost(tmp_path: Path) -> None:
-    (wide,) = prediction(tmp_path / "a", "{activations: dynamic, keep_first_last_8bit: false, skip: [conv]}", "cortex-m4").targets
+    found = prediction(tmp_path / "a", "{activations: dynamic, keep_first_last_8bit: false, skip: [conv]}", "cortex-m4")
+    (wide,) = found.targets
+    assert any("left out of the cost, their code also of the bytes: " in said for said in predict.remarks(found))
     assert wide.row("recipe").cost is None and "dynamic_qlinear" in wide.row("recipe").left_out
     assert wide.ratio("recipe", "int8") is None and wide.row("recipe").bytes > 0
 

@@ -289,3 +289,20 @@ EK_NOINLINE void ek_accumulate_reset_s16(int32_t *y, uint32_t n) {
 EK_NOINLINE void ek_accumulate_step_s16(const int16_t *x, int32_t *y, uint32_t n) {
     for (uint32_t i = 0; i < n; i++) y[i] += x[i];
 }
+
+EK_NOINLINE int ek_sure_s32(const int32_t *y, uint32_t n, uint32_t scale, uint32_t limit) {
+    int32_t most = y[0];
+    uint32_t sum = 0;
+    for (uint32_t i = 1; i < n; i++)
+        if (y[i] > most) most = y[i];
+    for (uint32_t i = 0; i < n; i++) {
+        const uint64_t exponent = (uint64_t)((uint32_t)most - (uint32_t)y[i]) * scale >> 8;
+        if (exponent >> 16 >= 25) continue;
+        const uint32_t f = (uint32_t)exponent & 0xffff;
+        uint32_t p = 15200 - (f * 2632 >> 16); /* 2^-f = 1 - f (a - f (b - f c)) */
+        p = 45340 - (f * p >> 16);
+        p = 65536 - (f * p >> 16);
+        sum += (p << 8) >> (exponent >> 16);
+    }
+    return sum < limit;
+}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgekit.targets.cortex_m.confidence import Rule
 from edgekit.targets.cortex_m.graph import Firmware, Step
 from edgekit.targets.cortex_m.kernels import KERNELS, Call, Constant, Field
 
@@ -71,7 +72,13 @@ _STREAM = (
 )
 
 
-def model_h(firmware: Firmware) -> str:
+_EXIT = (
+    "/* 1 if the sums after the steps so far are sure enough to stop here (Dynamic Confidence). */",
+    "int model_sure(void);",
+)
+
+
+def model_h(firmware: Firmware, exits: bool = False) -> str:
     """The header: sizes, scales, and the four functions."""
     lines = [
         f"/* {firmware.name}: {firmware.macs} multiply-accumulates an inference. {_NOTE} */",
@@ -109,13 +116,14 @@ def model_h(firmware: Firmware) -> str:
         "void model_init(void *arena, uint32_t bytes);",
         *(_RUN if firmware.stream is None else _STREAM),
         "const int8_t *model_output(int i);",
+        *(_EXIT if exits else ()),
         "",
         "#endif",
     ]
     return "\n".join(lines) + "\n"
 
 
-def model_c(firmware: Firmware) -> str:
+def model_c(firmware: Firmware, rule: Rule | None = None) -> str:
     """The network."""
     resets: list[str] = []
     parts = [
@@ -126,6 +134,7 @@ def model_c(firmware: Firmware) -> str:
         *(_step(firmware, i, step, resets) for i, step in enumerate(firmware.steps)),
         _segments(firmware),
         _functions(firmware, resets),
+        *([_sure(firmware, rule)] if rule else []),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -209,6 +218,12 @@ def _wrapped(head: str, words: Sequence[str], tail: str) -> str:
             line = "   "
         line += f" {word},"
     return "\n".join([head, *lines, line, tail])
+
+
+def _sure(firmware: Firmware, rule: Rule) -> str:
+    place = _place(firmware, rule.tensor)
+    call = f"ek_sure_s32((const void *)({place}), {rule.classes}u, {rule.scale}u, {rule.limit}u)"
+    return f"int model_sure(void) {{\n    return {call};\n}}"
 
 
 def _segments(firmware: Firmware) -> str:

@@ -13,6 +13,7 @@ from edgekit.firmware_sim.boards import BOARDS, CORES, Board
 from edgekit.firmware_sim.kernels import HEADERS, RUNTIME, SEMIHOST, SOURCES
 from edgekit.firmware_sim.toolchain import COMPILE_FLAGS, LIBRARIES, LINK_FLAGS
 from edgekit.targets.cortex_m import texts
+from edgekit.targets.cortex_m.confidence import rule_of
 from edgekit.targets.cortex_m.emit import model_c, model_h, step_name
 from edgekit.targets.cortex_m.graph import Firmware, Spec
 from edgekit.targets.cortex_m.preparation import specs
@@ -32,7 +33,7 @@ NAMES = (*BUILT, "Makefile", "CMakeLists.txt", "README.md")
 class Build:
     """How a project is compiled: for which board, with which kernel set ("" for the core's own), optimization and stack.
 
-    ``stream``: one time step of a spiking network a call.
+    ``stream``: one time step of a spiking network a call. ``exit_threshold`` 0: there is no early exit.
     """
 
     target: str
@@ -41,6 +42,8 @@ class Build:
     optimize: str
     stack_bytes: int
     stream: bool = False
+    exit_threshold: float = 0.0
+    exit_temperature: float = 1.0
 
     @property
     def defines(self) -> tuple[str, ...]:
@@ -98,11 +101,12 @@ def files(firmware: Firmware, build: Build) -> dict[str, str]:
     """Every file of the project: path in the folder to its text."""
     facts, board = Facts.of(firmware, build), BOARDS[build.board]
     values = _values(firmware, build, board)
+    rule = rule_of(firmware, build.exit_temperature, build.exit_threshold) if build.exit_threshold else None
     found = {
-        "model.c": model_c(firmware),
-        "model.h": model_h(firmware),
+        "model.c": model_c(firmware, rule),
+        "model.h": model_h(firmware, rule is not None),
         "model.json": json.dumps({"format": FORMAT, **asdict(facts)}, indent=1) + "\n",
-        "main.c": texts.main_c(len(firmware.inputs), len(firmware.outputs), firmware.stream),
+        "main.c": texts.main_c(len(firmware.inputs), len(firmware.outputs), firmware.stream, rule is not None),
         "Makefile": texts.filled(texts.MAKEFILE, values),
         "CMakeLists.txt": texts.filled(texts.CMAKE, values),
         "README.md": texts.filled(texts.README, values),
@@ -134,10 +138,12 @@ def load(folder: Path) -> Facts:
         raise FormatError(f"{path}: damaged ({error}); export the program again") from None
 
 
-def _calls(firmware: Firmware) -> str:
+def _calls(firmware: Firmware, exits: bool) -> str:
     if firmware.stream is None:
         return texts.CALLS
-    return texts.CALLS_SEQUENCE if firmware.stream.sequence else texts.CALLS_CONSTANT
+    found = texts.CALLS_SEQUENCE if firmware.stream.sequence else texts.CALLS_CONSTANT
+    stop = "\n        if (model_sure()) break;         /* Dynamic Confidence: the sum is sure enough */"
+    return found.replace("@sure@", stop if exits else "")
 
 
 def _values(firmware: Firmware, build: Build, board: Board) -> Mapping[str, str]:
@@ -168,6 +174,6 @@ def _values(firmware: Firmware, build: Build, board: Board) -> Mapping[str, str]
         "stack": f"{build.stack_bytes:,}",
         "inputs": texts.ports("input", inputs),
         "outputs": texts.ports("output", outputs),
-        "calls": _calls(firmware),
+        "calls": _calls(firmware, build.exit_threshold > 0),
         "packed": texts.PACKED if any(1 < s.bits < 8 for s in firmware.steps) else "",
     }

@@ -46,6 +46,8 @@ class Options:
         optimize: the compiler's optimization level.
         stack_bytes: stack; a run reports how much of it was used.
         stream: of a spiking network: one time step a call, the state kept in RAM.
+        exit_threshold: of a streaming network: ``model_sure()`` says whether the confidence exceeds it; 0: there is none.
+        exit_temperature: of that confidence; both as ``early_exit`` chose them.
     """
 
     board: str = ""
@@ -53,6 +55,8 @@ class Options:
     optimize: Literal["O2", "O3", "Os"] = "O2"
     stack_bytes: int = 4096
     stream: bool = False
+    exit_threshold: float = 0.0
+    exit_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kernels not in ("auto", *KERNEL_SETS):
@@ -61,6 +65,11 @@ class Options:
             raise InputError(f"optimize {self.optimize!r}: expected O2, O3 or Os")
         if self.stack_bytes < 512 or self.stack_bytes % 8:
             raise InputError(f"stack_bytes {self.stack_bytes}: expected a multiple of 8, 512 or more")
+        if self.exit_threshold < 0 or self.exit_temperature <= 0 or (self.exit_threshold and not self.stream):
+            raise InputError(
+                f"exit_threshold {self.exit_threshold:g}, exit_temperature {self.exit_temperature:g}: expected positive numbers, "
+                "and stream: true"
+            )
 
 
 _Options = Options  # inside the class the name is its member
@@ -187,7 +196,10 @@ class CortexM:
         kernels = "" if options.kernels == "auto" else options.kernels
         if kernels and KERNEL_SETS.index(kernels) > KERNEL_SETS.index(CORES[self.NAME].kernel_set):
             raise InputError(f"{self.NAME} cannot run the {kernels} kernels; use kernels: auto")
-        return Build(self.NAME, board, kernels, options.optimize, options.stack_bytes, options.stream)
+        return Build(
+            self.NAME, board, kernels, options.optimize, options.stack_bytes, options.stream, float(options.exit_threshold),
+            float(options.exit_temperature),
+        )  # fmt: skip
 
 
 def _pairs(ours: Sequence[Any], theirs: Sequence[Any]) -> list[tuple[Any, Any]]:

@@ -16,7 +16,7 @@ def filled(text: str, values: Mapping[str, str]) -> str:
     return text
 
 
-def main_c(inputs: int, outputs: int, stream: Stream | None = None) -> str:
+def main_c(inputs: int, outputs: int, stream: Stream | None = None, exits: bool = False) -> str:
     """The application: reads samples, runs the network, writes results."""
     reads = " && ".join(f"ek_input(model_input({i}), MODEL_INPUT_{i}_BYTES)" for i in range(inputs))
     writes = "\n".join(f"        ek_output(model_output({i}), MODEL_OUTPUT_{i}_BYTES);" for i in range(outputs))
@@ -26,8 +26,15 @@ def main_c(inputs: int, outputs: int, stream: Stream | None = None) -> str:
         loop, final = (_STEPS, "") if stream.sequence else (_CONSTANT, "    return 0;\n")
         place = "each" if stream.each else "end"
         loop = loop.replace(f"@{place}@", "@writes@").replace("@each@\n", "").replace("@end@\n", "")
+        loop = _exiting(loop) if exits else loop
         writes = writes.replace("        ", "            ") if stream.each else writes
-    return _MAIN.replace("@loop@\n", loop).replace("@final@", final).replace("@reads@", reads).replace("@writes@", writes)
+    return (
+        _MAIN.replace("@loop@\n", loop)
+        .replace("@final@", final)
+        .replace("@exit@", _FLAG if exits else "")
+        .replace("@reads@", reads)
+        .replace("@writes@", writes)
+    )
 
 
 def ports(kind: str, specs: Sequence[Spec]) -> str:
@@ -53,7 +60,7 @@ _MAIN = """/* Reads samples, runs the network, writes results, until the input e
  * To call the network from a program of your own, take model.c, model.h and runtime/ without startup.c and semihost.c. */
 #include "edgekit.h"
 #include "model.h"
-
+@exit@
 static uint8_t arena[MODEL_ARENA_BYTES] EK_ARENA;
 
 int ek_main(void) {
@@ -62,11 +69,23 @@ int ek_main(void) {
 @final@}
 """
 
+_FLAG = "\n#ifndef MODEL_EXIT\n#define MODEL_EXIT 0 /* 1: stop a sample once it is sure */\n#endif\n"
+
 _WHOLE = """    while (@reads@) {
         model_run();
 @writes@
     }
 """
+
+
+def _exiting(loop: str) -> str:
+    """The loop of a firmware with early exit; compiled with ``-DMODEL_EXIT=1`` it stops, and writes the steps that it took."""
+    taken = "#if MODEL_EXIT\n        ek_output(&taken, sizeof taken);\n#endif\n"
+    step = "            if (MODEL_EXIT && taken && model_sure()) continue; /* what is left of the sample is passed over */\n"
+    loop = loop.replace("        model_reset();\n", "        int32_t taken = 0;\n        model_reset();\n")
+    loop = loop.replace("            model_step();\n", step + "            model_step();\n            taken++;\n")
+    return loop.replace("@writes@\n", "@writes@\n" + taken)
+
 
 _STEPS = """    for (;;) {
         model_reset();
@@ -157,14 +176,14 @@ CALLS_SEQUENCE = """    model_reset();                       /* states start ane
     for (;;) {
         fill(model_input(0));            /* one time step of the input */
         model_step();
-        use(model_output(0));            /* so far; after MODEL_TIME_STEPS steps it is the program's */
+        use(model_output(0));            /* so far; after MODEL_TIME_STEPS steps it is the program's */@sure@
     }"""
 
 CALLS_CONSTANT = """    fill(model_input(0));
     model_reset();                       /* states start anew; reads the input, the same in each step */
     for (int t = 0; t < MODEL_TIME_STEPS; t++) {
         model_step();
-        use(model_output(0));            /* so far; after the last step it is the program's */
+        use(model_output(0));            /* so far; after the last step it is the program's */@sure@
     }"""
 
 PACKED = """

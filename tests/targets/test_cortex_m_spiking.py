@@ -11,10 +11,13 @@ import torch
 from spiking_nets import conv_program, dense_program, residual_program
 from torch import Tensor, nn
 
+from edgekit.compress.spiking.confidence import Exit, replay
 from edgekit.compress.spiking.integer import integer_program
-from edgekit.errors import UnsupportedError
+from edgekit.errors import InputError, UnsupportedError
 from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module
 from edgekit.targets import cortex_m, get
+from edgekit.targets.cortex_m.confidence import Rule, rule_of, sure
+from edgekit.targets.cortex_m.early_exit import run_early
 from edgekit.targets.cortex_m.preparation import prepare, simulate
 
 needs_tools = pytest.mark.skipif(cortex_m.M4.available() is not None, reason="needs arm-none-eabi-gcc and qemu-system-arm")
@@ -148,6 +151,57 @@ def test_one_step_a_call_gives_what_all_steps_give(name: str, core: str, tmp_pat
     assert target.readback(artifact.path, program) == []
     text = artifact.path.read_text()
     assert "ek_neurons_step_s16" in text and "model_run" not in text
+
+
+@needs_tools
+@pytest.mark.parametrize(("name", "core", "threshold"), [("residual", "cortex-m4", 0.3), ("wide", "cortex-m3", 0.6)])
+def test_firmware_stops_where_the_frozen_program_is_sure(name: str, core: str, threshold: float, tmp_path: Path) -> None:
+    program, x = _made(name)
+    images = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 1.5
+    x = images if name == "residual" else torch.cat([x, x.flip(2)])
+    target, temperature = get(core), 0.5 if name == "residual" else 20.0
+    options = target.Options(stream=True, exit_threshold=threshold, exit_temperature=temperature)
+    artifact = target.lower(program, tmp_path / f"model{target.SUFFIX}", options)
+    outputs, steps = run_early(artifact.path, [x.numpy()])
+    rule = rule_of(prepare(program, "portable", True), temperature, threshold)
+    end = next(layer for layer in program.layers if layer.op == "qaccumulate")
+    scale = np.float32(program.layers[-1].args["scale"])
+    real = []
+    for i in range(len(x)):
+        sums = program.trace(x[i : i + 1])[end.inputs[0]].int().cumsum(0).numpy()
+        stops = np.flatnonzero(sure(rule, sums))
+        taken = int(stops[0]) + 1 if len(stops) else len(sums)
+        assert steps[i] == taken
+        total = (sums[taken - 1].astype(np.float32) * scale).astype(np.float64)
+        assert np.array_equal(outputs[i], (total * (len(sums) / taken)).astype(np.float32))
+        real.append(torch.from_numpy(sums * float(scale) * len(sums)))
+    taken, _ = replay(torch.stack(real, 1), Exit(temperature, threshold))  # the rule in floats, of the same sums
+    assert taken.tolist() == steps.tolist() and len(set(steps)) > 2
+    assert np.array_equal(target.run(artifact.path, [x.numpy()])[0], program.run(x)[0].numpy())  # verify sees all steps
+
+
+def test_integer_confidence_is_softmax() -> None:
+    rng = np.random.default_rng(0)
+    sums = rng.integers(-(2**31), 2**31, (4000, 10)) // 2 ** rng.integers(0, 31, (4000, 1))
+    seen = 0
+    for temperature, threshold in ((3.0, 0.9), (40.0, 0.5), (1.0, 0.99), (5.0, 1.01)):
+        scale = round(0.01 / temperature * np.log2(np.e) * 2**24)
+        found = sure(Rule(0, 10, scale, int(np.ceil(2**24 / threshold))), sums)
+        shifted = (sums - sums.max(1, keepdims=True)) * 0.01 / temperature
+        confidence = 1 / np.exp(shifted).sum(1)
+        clear = np.abs(confidence - threshold) > 1e-3
+        assert np.array_equal(found[clear], (confidence > threshold)[clear]) and clear.mean() > 0.98
+        seen += int(found.sum())
+    assert 1000 < seen < 11000
+
+
+def test_early_exit_needs_a_stream_and_a_sum(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected positive numbers, and stream: true"):
+        get("cortex-m4").Options(exit_threshold=0.5)
+    with pytest.raises(UnsupportedError, match="needs stream: true and one output that is summed"):
+        rule_of(prepare(_made("dense")[0], "portable", True), 1.0, 0.5)
+    with pytest.raises(UnsupportedError, match="early exit takes 2 to 255 outputs and a scale"):
+        rule_of(prepare(_made("residual")[0], "portable", True), 1e-12, 0.5)
 
 
 def test_only_spiking_programs_stream() -> None:

@@ -385,6 +385,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "snn_nir": snn_nir.section,
     "snn_simulators": snn_simulators_docs.simulators,
     "snn_firmware": binary_docs.spiking,
+    "snn_exit": binary_docs.early_exit,
     "devices": devices,
     "lowrank": lowrank_docs.lowrank,
     "lowrank_latency": lowrank_docs.latencies,

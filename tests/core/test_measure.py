@@ -227,7 +227,7 @@ def test_figures_carry_their_units() -> None:
     assert profile_table.figure("p90_microseconds", 4.51239) == ("p90", "4.512 microseconds")
     assert profile_table.figure("bytes", 3) == ("bytes", "3")
     row = profile_table.layer_row(LayerCost("a", "conv", 100, instructions=150, share=0.25, library_instructions=7))
-    assert row == ("a", "conv", 100, 150, 1.5, 7, None, 25.0, None)
+    assert row == ("a", "conv", 100, 150, 1.5, 7, None, None, None, 25.0, None)
     without = Profile("d", "t", "f", "", "instructions", 30, 0, (LayerCost("a", "move", 0, instructions=30, share=1.0),))
     assert profile_table.title(without) == "t on d: 30 instructions an inference"
     assert profile_table.layers(without).columns == ("layer", "operator", "instructions", "share %")

@@ -17,6 +17,7 @@ from torch import Tensor
 from edgekit.frozen.binary_ops import BINARY_OPS
 from edgekit.frozen.dynamic_ops import DYNAMIC_OPS
 from edgekit.frozen.ops import LUT_FUNCTIONS, OPS, activation_bounds, integer_range, lut_table, multiplier
+from edgekit.frozen.spiking_ops import SPIKING_OPS
 
 ACTIVATIONS = st.sampled_from(["none", "relu", "relu6"])
 ZERO_POINTS = st.one_of(st.sampled_from([-128, 127, 0]), st.integers(-128, 127))
@@ -350,7 +351,9 @@ def samples() -> dict[str, tuple[Any, ...]]:
 
 def registered() -> list[str]:
     names = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
-    return sorted({n for space, n in names if space == "edgekit"} - BINARY_OPS - DYNAMIC_OPS)  # those have files of their own
+    return sorted(
+        {n for space, n in names if space == "edgekit"} - BINARY_OPS - DYNAMIC_OPS - SPIKING_OPS
+    )  # in files of their own
 
 
 @pytest.mark.parametrize("name", registered())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from edgekit.frozen import FrozenOp, freeze_module, load, save
 from edgekit.frozen.describe import describe
 from edgekit.frozen.ops import OPS
-from edgekit.frozen.spiking_ops import NO_LEAK, charge, current_bounds, fire
+from edgekit.frozen.spiking_ops import NO_LEAK, SPIKING_OPS, charge, current_bounds, fire
 
 F32 = np.float32
 SEEDS = st.integers(0, 2**32 - 1)
@@ -232,3 +232,43 @@ def test_the_fast_way_of_single_spikes_is_the_written_one(reset: str, tie: str, 
     arguments = (x, torch.tensor(2.0), torch.tensor(r), torch.tensor(leak), threshold, zero, torch.tensor(0.25))
     found = torch.ops.edgekit.lif_sequence(*arguments, 1.0, 9, reset, tie, 1)
     assert torch.equal(found, torch.cat(expected)) and found.any()
+
+
+def samples() -> dict[str, tuple[Any, ...]]:
+    """Arguments for every operator: four steps of two samples with three channels."""
+    x, one, half, none = torch.randn(8, 3), torch.ones(3), torch.full((3,), 0.5), torch.zeros(3)
+    spikes, image = torch.randint(0, 2, (8, 3), dtype=torch.int8), torch.randint(0, 2, (8, 3, 4, 4), dtype=torch.int8)
+    weight, scale = torch.randint(-7, 8, (2, 3, 3, 3), dtype=torch.int8), torch.rand(2)
+    bias, current = torch.tensor([5, -5], dtype=torch.int16), torch.randint(-90, 90, (8, 3), dtype=torch.int16)
+    level, start = torch.full((3,), 50, dtype=torch.int16), torch.zeros(3, dtype=torch.int16)
+    firing = (one, none, none, 1.0, 4, "subtract", "ge", 1)
+    return {
+        "lif_sequence": (x, half + 1, one, none, *firing),
+        "if_sequence": (x, one, *firing),
+        "cuba_lif_sequence": (x, half + 1, half + 1, one, none, one, *firing),
+        "li_sequence": (x, half + 1, one, none, none, 1.0, 4),
+        "cuba_li_sequence": (x, half + 1, half + 1, one, none, one, none, 1.0, 4),
+        "i_sequence": (x, one, none, 1.0, 4),
+        "qlif_sequence": (current, level, torch.full((3,), 30000, dtype=torch.int16), start, 4, "subtract", 1),
+        "lif_charge": (x, x + 1, half + 1, one, none, 1.0),
+        "if_charge": (x, x + 1, one, 1.0),
+        "synapse": (x, x + 1, half + 1, one, 1.0),
+        "fire": (x, one, "gt", 1),
+        "fire_reset": (x, (x > 0).float(), one, none, "value"),
+        "spiking_linear": (spikes, weight[:, :, 0, 0].contiguous(), scale, bias, 1, 4),
+        "spiking_conv2d": (image, weight, scale, bias, [1, 2], [1, 0], [1, 1], 1, 1, 4),
+        "spike_sum_pool2d": (image, [2, 2], [2, 2], [0, 0]),
+        "repeat_steps": (x, 4),
+        "fold_steps": (torch.randn(4, 2, 3),),
+        "unfold_steps": (x, 4),
+        "delay_steps": (x, torch.tensor([0, 1, 2]), 4),
+        "accumulate": (x, 0.25, 4),
+        "qaccumulate": (current, 4),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(SPIKING_OPS))
+def test_torch_accepts_the_operator(name: str) -> None:
+    """torch's own checks of the schema (nothing is mutated or aliased) and the fake kernel."""
+    torch.manual_seed(0)
+    torch.library.opcheck(getattr(OPS, name).default, samples()[name], test_utils=("test_schema", "test_faketensor"))

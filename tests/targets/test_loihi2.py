@@ -82,17 +82,18 @@ def test_weights_that_the_chip_would_cut_are_refused() -> None:
         loihi2.run(layers, np.full((3, 1, 16), 2))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif("lava" not in simulators.installed(), reason="edgekit setup-sim lava")
-def test_the_recording_is_what_lava_answers() -> None:
-    layers, spikes = chip_nets.loihi("wrapping")
-    arrays: dict[str, Any] = {"spikes": spikes[:, :1]}
-    for layer in layers:
-        arrays |= {f"weights:{layer.name}": layer.weights, f"bias:{layer.name}": layer.bias}
-    names = ("name", "du", "dv", "threshold", "weight_exp", "bias_exp")
-    found = simulate("lava", {"layers": [{name: getattr(layer, name) for name in names} for layer in layers]}, arrays)
-    for layer, trace in zip(layers, loihi2.run(layers, spikes[:, :1]), strict=True):
-        assert np.array_equal(found.spikes[layer.name], trace.spikes) and found.lag[layer.name] == trace.lag
+if "lava" in simulators.installed():  # it needs a Python 3.10; benchmarks/snn_simulators.py records the same
+
+    @pytest.mark.slow
+    def test_the_recording_is_what_lava_answers() -> None:
+        layers, spikes = chip_nets.loihi("wrapping")
+        arrays: dict[str, Any] = {"spikes": spikes[:, :1]}
+        for layer in layers:
+            arrays |= {f"weights:{layer.name}": layer.weights, f"bias:{layer.name}": layer.bias}
+        names = ("name", "du", "dv", "threshold", "weight_exp", "bias_exp")
+        found = simulate("lava", {"layers": [{name: getattr(layer, name) for name in names} for layer in layers]}, arrays)
+        for layer, trace in zip(layers, loihi2.run(layers, spikes[:, :1]), strict=True):
+            assert np.array_equal(found.spikes[layer.name], trace.spikes) and found.lag[layer.name] == trace.lag
 
 
 def test_the_trace_of_the_nir_paper_is_reproduced() -> None:

@@ -114,8 +114,10 @@ def test_limits_count_and_are_refused_beyond() -> None:
         xylo.run(network, spikes[..., :4])
 
 
-@pytest.mark.skipif("xylosim" not in simulators.installed(), reason="edgekit setup-sim xylosim")
+@pytest.mark.slow
 def test_the_recording_is_what_the_simulator_answers() -> None:
+    if "xylosim" not in simulators.installed():
+        simulators.setup("xylosim")  # compiled by the user's pip: about 20 s
     network, spikes = chip_nets.xylo("saturating")
     arrays = {name: value for name, value in vars(network).items() if isinstance(value, np.ndarray)}
     settings = {name: getattr(network, name) for name in ("shift_in", "shift_rec", "shift_out")}

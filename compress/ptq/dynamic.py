@@ -26,6 +26,9 @@ __all__ = ["dynamic_plan", "dynamic_units", "gptq", "nearest"]
 _DAMPING = 0.01
 """Of the mean of the Hessian's diagonal (Frantar et al. 2022, section 3.3, step 3)."""
 
+_ARITHMETIC = ("qlut", "qadd", "qmul", "qmean", "qavg_pool2d")
+"""Units without weights that stay in float here and are said to; moves and maxima compute nothing."""
+
 
 def dynamic_units(graph: Graph, settings: PTQ) -> tuple[tuple[Unit, ...], tuple[Unquantized, ...]]:
     """Linear layers as units that read and give float, and everything else with arithmetic."""
@@ -35,8 +38,9 @@ def dynamic_units(graph: Graph, settings: PTQ) -> tuple[tuple[Unit, ...], tuple[
     for unit in units:
         if unit.kind == "qlinear":
             found.append(replace(unit, kind=kind, nodes=unit.nodes[:1], activation="none"))
-        elif unit.weight is not None or unit.signs is not None:
-            others.append(Unquantized(unit.name, unit.kind, f"activations: {settings.activations} takes linear layers only"))
+        elif unit.weight is not None or unit.signs is not None or unit.kind in _ARITHMETIC:
+            op = str(unit.attributes.get("function", unit.kind))
+            others.append(Unquantized(unit.name, op, f"activations: {settings.activations} takes linear layers only"))
     if not found:
         raise InputError(f"ptq: activations {settings.activations} takes linear layers, and the model has none; use int8")
     return tuple(found), tuple(others)

@@ -144,3 +144,12 @@ def test_what_cannot_be_is_said() -> None:
     made = compressed(*build(Modules, 4))
     assert [layer.name for layer in made.program.layers] == ["head.3"]
     assert any("linear layers only" in u.reason for u in made.program.unquantized)
+
+
+def test_every_operator_that_stays_in_float_is_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4)
+    ).eval()  # the first GELU feeds a normalization, the second a linear layer
+    left = compressed(model, torch.randn(64, 16)).program.unquantized
+    assert sorted((u.layer, u.op) for u in left) == [("1", "gelu"), ("2", "layer_norm"), ("4", "gelu")]

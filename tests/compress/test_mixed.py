@@ -10,7 +10,6 @@ from float_models import Encoder, Modules, build
 from pydantic import ValidationError
 from torch import nn
 
-from edgekit import costs
 from edgekit.compress.capture import Graph, capture
 from edgekit.compress.ptq import PTQ
 from edgekit.compress.ptq.mixed import front
@@ -174,7 +173,6 @@ def test_only_what_the_target_stores_is_chosen() -> None:
     assert {n: w.bits for n, w in plan.weights.items()} == {"features.0": 4, "features.3": 4, "features.6": 4, "head.3": 2}
 
 
-@pytest.mark.skipif("tflite" not in costs.targets(), reason="no table of hosts: run benchmarks/costs.py on a quiet machine")
 def test_a_cost_that_bits_cannot_reach_is_said() -> None:
     with pytest.raises(InputError, match="bits alone do not make this target faster"):
         mixed(Modules, instructions=0.5, target="cortex-m4")

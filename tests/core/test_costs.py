@@ -97,7 +97,6 @@ def test_what_targets_store() -> None:
     assert costs.stored_bits("cortex-m0", "conv", 2) == 2 and costs.stored_bits("onnx", "conv", 32) == 32
 
 
-@pytest.mark.skipif("tflite" not in costs.targets(), reason="no table of hosts: run benchmarks/costs.py on a quiet machine")
 def test_onnx_computes_few_bit_weights_as_int8() -> None:
     table = costs.table("onnx")
     assert table.cost(weighted((1, 16, 8, 8), (16, 16, 3, 3), 1, 4)) == table.cost(weighted((1, 16, 8, 8), (16, 16, 3, 3), 1, 8))

@@ -19,22 +19,20 @@ def prediction(tmp_path: Path, compress: str, *names: str) -> predict.Prediction
     return predict.predict(path, targets=list(names))
 
 
-@pytest.mark.skipif("tflite" not in costs.targets(), reason="no table of hosts: run benchmarks/costs.py on a quiet machine")
 def test_few_bits_buy_no_speed_on_a_cortex_m_and_it_is_said(tmp_path: Path) -> None:
     found = prediction(tmp_path, "{weights: int4, keep_first_last_8bit: false}", "cortex-m4", "executorch")
     m4, executorch = found.targets
-    assert m4.row("float") is None and m4.ratio("recipe", "int8", "bytes") < 0.95
+    assert m4.row("float") is None and m4.ratio("recipe", "int8", "bytes") < 1 < m4.ratio("recipe", "int8", "cost")
     assert any("buy no speed" in w for w in m4.warnings)
     assert any("wider than asked for" in w for w in executorch.warnings)
     said = predict.remarks(found)
     assert any("modelled, not measured" in line and costs.table("cortex-m4").machine in line for line in said)
 
 
-@pytest.mark.skipif("tflite" not in costs.targets(), reason="no table of hosts: run benchmarks/costs.py on a quiet machine")
-def test_an_int8_recipe_has_no_int8_row_of_its_own_and_is_faster_than_float(tmp_path: Path) -> None:
+def test_an_int8_recipe_has_no_int8_row_of_its_own(tmp_path: Path) -> None:
     (found,) = prediction(tmp_path, "{method: gptq}", "tflite").targets
     assert [r.form for r in found.rows] == ["float", "recipe"]
-    assert found.ratio("recipe", "float", "bytes") < 1
+    assert found.ratio("recipe", "float", "cost") < 1
     assert found.error == costs.table("tflite").error
 
 

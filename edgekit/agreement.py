@@ -127,8 +127,15 @@ def load_spikes(path: Path) -> Spikes:
     return Spikes(spikes.astype(np.float64), labels, path.name)
 
 
-def random_spikes(graph: Any, steps: int = 32, samples: int = 4, share: float = 0.3, seed: int = 0) -> Spikes:
-    """Spikes at random, with ``share`` of the steps of each input neuron, where there is no data."""
+def random_spikes(graph: Any, steps: int | None = None, samples: int = 4, share: float = 0.3, seed: int = 0) -> Spikes:
+    """Spikes at random, with ``share`` of the steps of each input neuron, where there is no data.
+
+    Args:
+        steps: None: as many as the graph's metadata say, else 32.
+    """
+    if steps is None:
+        said = graph.metadata.get("steps")
+        steps = int(said) if isinstance(said, int | np.integer) and 0 < said <= 1024 else 32
     flat = flatten(graph)
     if len(flat.inputs) != 1 or (shape := flat.nodes[flat.inputs[0]].input_type["input"]) is None:
         raise InputError("the graph has several inputs, or one without a shape; edgekit verifies graphs with one input")

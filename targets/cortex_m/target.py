@@ -18,6 +18,7 @@ from edgekit.firmware_sim import memory, toolchain
 from edgekit.firmware_sim.boards import BOARDS, CORES
 from edgekit.firmware_sim.kernels import KERNEL_SETS
 from edgekit.frozen import FrozenProgram
+from edgekit.frozen.binary_ops import BINARY_OPS
 from edgekit.targets.cortex_m import elf, host, readback
 from edgekit.targets.cortex_m.graph import Firmware, Spec
 from edgekit.targets.cortex_m.kernels import calls
@@ -225,7 +226,8 @@ def _coverage(program: FrozenProgram, firmware: Firmware) -> tuple[Coverage, ...
         for step in steps:
             function = calls(step)[0].function
             storage = f"int{step.bits}" if "weight" in step.arrays else ""
-            rows.append(Coverage(layer.name, function, "int8", step.macs, storage, PACKED_NOTE if 1 < step.bits < 8 else ""))
+            runs, note = ("binary" if layer.op in BINARY_OPS else "int8"), (PACKED_NOTE if 1 < step.bits < 8 else "")
+            rows.append(Coverage(layer.name, function, runs, step.macs, storage, note))
     known = {layer.name for layer in program.layers}
     returned = [s for s in firmware.steps if s.layer not in known]
     rows += [

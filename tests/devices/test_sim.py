@@ -207,6 +207,10 @@ def test_the_approximation_of_other_neurons_is_asked_for() -> None:
 def test_random_spikes_are_the_same_each_time() -> None:
     first, again = random_spikes(lif_net()), random_spikes(lif_net())
     assert isinstance(first, Spikes) and np.array_equal(first.values, again.values) and 0.25 < first.values.mean() < 0.35
+    graph = lif_net()
+    assert len(first.values) == 32
+    graph.metadata["steps"] = 5  # as edgekit's files say
+    assert len(random_spikes(graph).values) == 5
 
 
 def test_a_run_is_verified_and_profiled_on_a_simulator(tmp_path: Path) -> None:

@@ -102,6 +102,8 @@ def test_a_network_runs_on_every_core_as_its_reference_says(core: str, tmp_path:
     assert [name for name in layers if not np.array_equal(layers[name], taps[name])] == []
     storage = {c.layer: c.storage for c in artifact.coverage}
     assert storage["first"] == storage["small"] == "int1" and storage["head"] == "int8"
+    runs = {c.layer: c.runs for c in artifact.coverage}
+    assert runs["first"] == runs["small"] == "binary" and runs["head"] == "int8"
 
 
 @needs_tools

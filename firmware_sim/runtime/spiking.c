@@ -141,8 +141,11 @@ EK_INLINE void eight_neurons(const int16_t *x, int16_t *v, int8_t *spikes, const
 /* One step of `period` neurons of one spike at most. */
 EK_INLINE void one_spike(const ek_neurons *p, const int16_t *x, int16_t *v, int8_t *spikes) {
     const int16_t *threshold = p->threshold, *decay = p->decay;
-    const uint32_t leak = p->leak, zero = p->zero;
+    const uint32_t zero = p->zero;
     uint32_t n = p->period;
+#if EK_SET == EK_MVE || EK_SET == EK_DSP
+    const uint32_t leak = p->leak;
+#endif
 #if EK_SET == EK_MVE
     for (; n >= 16; n -= 16, x += 16, v += 16, spikes += 16, decay += 16, threshold += 16) {
         eight_neurons(x, v, spikes, threshold, decay, leak, zero);

@@ -264,6 +264,8 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "delay_steps": (x, torch.tensor([0, 1, 2]), 4),
         "accumulate": (x, 0.25, 4),
         "qaccumulate": (current, 4),
+        "add_currents": (current, current + 1),
+        "add_spikes": (current, spikes, level),
     }
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
+
+from edgekit.compress.patterns import check_patterns
 
 __all__ = ["Binary", "Distill", "Kind", "Stage"]
 
@@ -118,15 +119,7 @@ class Binary:
     device: Literal["cpu", "cuda"] = "cpu"
     seed: int = 0
 
-    @field_validator("scopes")
-    @classmethod
-    def _patterns(cls, value: dict[str, Kind]) -> dict[str, Kind]:
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
-        return value
+    _patterns = field_validator("scopes")(check_patterns)
 
     def __post_init__(self) -> None:
         """Raise ValueError for ternary weights with an estimator that has none."""

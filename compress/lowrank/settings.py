@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
+from edgekit.compress.patterns import check_patterns
+
 __all__ = ["BUDGETS", "METERED", "LowRank", "Rank", "parse_rank"]
 
 _FORBID = ConfigDict(extra="forbid")
@@ -137,12 +139,4 @@ class LowRank:
             raise ValueError("solver snmf splits convolutions by scheme ced only")
         return value
 
-    @field_validator("include", "exclude")
-    @classmethod
-    def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
-        return value
+    _patterns = field_validator("include", "exclude")(check_patterns)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
+
+from edgekit.compress.patterns import check_patterns
 
 __all__ = ["PTQ", "QAT", "Meta", "Mixed", "Quantization", "Reconstruct", "WeightType", "bits_of", "stored_bits"]
 
@@ -68,15 +69,7 @@ class Quantization:
     batch_size: Annotated[int, Field(ge=1)] = 32
     seed: int = 0
 
-    @field_validator("scopes", "skip")
-    @classmethod
-    def _patterns(cls, value: dict[str, WeightType] | tuple[str, ...]) -> dict[str, WeightType] | tuple[str, ...]:
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
-        return value
+    _patterns = field_validator("scopes", "skip")(check_patterns)
 
 
 @dataclass(frozen=True, config=_FORBID, kw_only=True)

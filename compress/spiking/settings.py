@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
+
+from edgekit.compress.patterns import check_patterns
 
 __all__ = ["EarlyExit", "Spiking"]
 
@@ -110,15 +111,7 @@ class Spiking:
     seed: int = 0
     device: Literal["cpu", "cuda"] = "cpu"
 
-    @field_validator("allow")
-    @classmethod
-    def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
-        return value
+    _patterns = field_validator("allow")(check_patterns)
 
     @model_validator(mode="after")
     def _together(self) -> Spiking:

@@ -21,7 +21,7 @@ from edgekit.compress.canonical import canonicalize
 from edgekit.compress.explain import explain_export_error, source_line
 from edgekit.errors import ModelError
 
-__all__ = ["Graph", "capture", "capture_exported", "check_finite", "export_float", "layer_names", "tensor_of"]
+__all__ = ["Graph", "capture", "capture_exported", "check_finite", "export_float", "layer_names", "shapes_of", "tensor_of"]
 
 
 @dataclass(frozen=True)
@@ -233,3 +233,19 @@ def _flatten_interface(module: fx.GraphModule) -> fx.GraphModule:
         if node.op == "placeholder" and node.args:
             node.args = ()
     return fx.GraphModule(module, graph)
+
+
+def shapes_of(graph: Graph, batch: int = 1) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor for a batch of that many."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, Tensor):
+                shapes[n.name] = tuple(value.shape)
+            return value
+
+    with torch.no_grad():
+        Recorder(graph.module).run(*(torch.cat([x[:1]] * batch) for x in graph.sample))
+    return shapes

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from edgekit.compress.capture import Graph, tensor_of
+from edgekit.compress.capture import Graph, shapes_of, tensor_of
 from edgekit.compress.ptq.binary_units import input_threshold
 from edgekit.compress.ptq.observers import ActQ
 from edgekit.compress.ptq.plan import Plan
@@ -58,7 +58,7 @@ class _Builder:
         self.out = fx.Graph()
         self.real: dict[fx.Node, fx.Node] = {}
         self.integer: dict[fx.Node, fx.Node] = {}
-        self.shapes = _shapes(graph)
+        self.shapes = shapes_of(graph)
 
     def build(self) -> fx.GraphModule:
         starts = {u.nodes[-1]: u for u in self.plan.units}
@@ -198,19 +198,3 @@ def _binary_operator(unit: Unit, ins: list[ActQ], out: ActQ) -> FrozenOp:
 
 def _from(q: ActQ, prefix: str = "in") -> dict[str, Any]:
     return {f"{prefix}_scale": q.scale, f"{prefix}_zp": q.zero_point}
-
-
-def _shapes(graph: Graph) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor for a batch of one."""
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if isinstance(value, Tensor):
-                shapes[n.name] = tuple(value.shape)
-            return value
-
-    with torch.no_grad():
-        Recorder(graph.module).run(*(x[:1] for x in graph.sample))
-    return shapes

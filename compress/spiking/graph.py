@@ -14,14 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from edgekit.compress.canonical import ATEN
-from edgekit.compress.capture import Graph
+from edgekit.compress.capture import Graph, shapes_of
 from edgekit.errors import ModelError
 
-__all__ = ["Left", "Site", "Survey", "average_pools", "free_batches", "operator_name", "rectifiers_first", "shapes_of", "survey"]
+__all__ = ["Left", "Site", "Survey", "average_pools", "free_batches", "operator_name", "rectifiers_first", "survey"]
 
 ACTIVATIONS = frozenset({
     "celu", "elu", "gelu", "glu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid_forward", "mish", "prelu",
@@ -169,22 +168,6 @@ def _cap(node: fx.Node) -> float | None:
     if low != 0 or isinstance(high, fx.Node):
         return None
     return math.inf if high is None else float(high)  # type: ignore[arg-type]
-
-
-def shapes_of(graph: Graph, batch: int = 1) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor for a batch of that many."""
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if isinstance(value, Tensor):
-                shapes[n.name] = tuple(value.shape)
-            return value
-
-    with torch.no_grad():
-        Recorder(graph.module).run(*(torch.cat([x[:1]] * batch) for x in graph.sample))
-    return shapes
 
 
 def free_batches(graph: Graph) -> Graph:

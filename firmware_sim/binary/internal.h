@@ -56,6 +56,21 @@ static inline uint64_t ekb_word(const uint8_t *p)
     return v;
 }
 
+/* What becomes of 8 outputs' numbers of differing bits: one byte of bits, or 8 sums. */
+static inline void ekb_store8(const ekb_job *job, int32_t p, int32_t block, const uint64_t differing[8])
+{
+    uint32_t byte = 0;
+    for (int o = 0; o < 8; o++) {
+        int32_t acc = job->ones[p] - 2 * (int32_t)differing[o];
+        if (job->bits[0])
+            byte |= (uint32_t)(acc >= job->threshold[8 * block + o]) << o;
+        else
+            job->acc[p * job->acc_pixel + 8 * block + o] = acc;
+    }
+    if (job->bits[0])
+        job->bits[p][block] = (uint8_t)byte;
+}
+
 /* 8 rows of 8 bytes, transposed. */
 #if defined(__SSE2__)
 #include <emmintrin.h>

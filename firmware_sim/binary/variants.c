@@ -20,20 +20,6 @@ static inline uint64_t sum_of_bytes(uint64_t v)
     return (pairs * 0x0001000100010001u) >> 48;
 }
 
-static void store(const ekb_job *job, int32_t p, int32_t block, const uint64_t differing[8])
-{
-    uint32_t byte = 0;
-    for (int o = 0; o < 8; o++) {
-        int32_t acc = job->ones[p] - 2 * (int32_t)differing[o];
-        if (job->bits[0])
-            byte |= (uint32_t)(acc >= job->threshold[8 * block + o]) << o;
-        else
-            job->acc[p * job->acc_pixel + 8 * block + o] = acc;
-    }
-    if (job->bits[0])
-        job->bits[p][block] = (uint8_t)byte;
-}
-
 static void tile(const ekb_job *job, int32_t pixels, int32_t first_block, int32_t end_block)
 {
     for (int32_t block = first_block; block < end_block; block++)
@@ -62,7 +48,7 @@ static void tile(const ekb_job *job, int32_t pixels, int32_t first_block, int32_
             }
             for (int o = 0; o < 8; o++)
                 counts[o] += sum_of_bytes(bytes[o]);
-            store(job, p, block, counts);
+            ekb_store8(job, p, block, counts);
         }
 }
 

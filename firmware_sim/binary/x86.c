@@ -321,7 +321,7 @@ POPCNT static void tile_popcnt(const ekb_job *job, int32_t pixels, int32_t block
 {
     for (; block < end; block++)
         for (int32_t p = 0; p < pixels; p++) {
-            int64_t counts[8] = {0};
+            uint64_t counts[8] = {0};
             for (int32_t row = 0; row <= job->rows; row++) {
                 const uint8_t *w = job->w + block * job->w_block + row * job->w_row, *x = job->x[p] + row * job->x_row;
                 const uint8_t *m = job->mask[0] ? job->mask[p] + row * job->x_row : NULL;
@@ -335,19 +335,10 @@ POPCNT static void tile_popcnt(const ekb_job *job, int32_t pixels, int32_t block
                     uint64_t v = ekb_word(x + 8 * j), keep = m ? ekb_word(m + 8 * j) : ~(uint64_t)0;
 #pragma GCC unroll 8
                     for (int o = 0; o < 8; o++)
-                        counts[o] += __builtin_popcountll((v ^ ekb_word(w + 8 * o)) & keep);
+                        counts[o] += (uint64_t)__builtin_popcountll((v ^ ekb_word(w + 8 * o)) & keep);
                 }
             }
-            uint32_t byte = 0;
-            for (int o = 0; o < 8; o++) {
-                int32_t acc = job->ones[p] - 2 * (int32_t)counts[o];
-                if (job->bits[0])
-                    byte |= (uint32_t)(acc >= job->threshold[8 * block + o]) << o;
-                else
-                    job->acc[p * job->acc_pixel + 8 * block + o] = acc;
-            }
-            if (job->bits[0])
-                job->bits[p][block] = (uint8_t)byte;
+            ekb_store8(job, p, block, counts);
         }
 }
 

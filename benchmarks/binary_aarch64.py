@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import subjects
+from binary_kernels import Layer
 from numpy.typing import NDArray
 
 from edgekit.firmware_sim.binary_library import BINARY, FLAGS, SOURCES, c_compiler, compiler
@@ -33,17 +33,6 @@ TIMES = {
     ("conv 3x3 16x16x32->32", "simple_dot"): 5.0,
 }
 """How many times fewer instructions than that int8 kernel the 1-bit layer should take at least."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A convolution of ``size`` x ``size`` (padding keeps the size), or a fully connected layer of size 0."""
-
-    name: str
-    size: int
-    in_c: int
-    out_c: int
-    kernel: int = 1
 
 
 LAYERS = (

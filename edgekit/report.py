@@ -72,14 +72,16 @@ def _tiles(parity: Parity, program: FrozenProgram) -> list[dict[str, str]]:
     """The numbers that stand at the top."""
     tiles = []
     by_name = {s.name: s for s in parity.stages}
-    files_ = [a.stage for a in parity.artifacts]
+    files_, judged = [a.stage for a in parity.artifacts], "files"
+    if not files_ and "frozen" in by_name:  # a recipe without targets
+        files_, judged = [by_name["frozen"]], "frozen program"
     source = by_name.get("float")
     scored = [s.metric for s in files_ if s.metric is not None]
     if scored:
         shown = _range([fixed(v, 2) for v in (min(scored), max(scored))]) + (" %" if parity.metric == "accuracy" else "")
         note = f"float {fixed(source.metric, 2)}, {parity.samples} samples" if source and source.metric is not None else ""
-        tiles.append({"label": f"{parity.metric} of the files", "value": shown, "note": note, "how": "measured"})
-    sizes = [s.bytes for s in files_ if s.bytes is not None]
+        tiles.append({"label": f"{parity.metric} of the {judged}", "value": shown, "note": note, "how": "measured"})
+    sizes = [a.stage.bytes for a in parity.artifacts if a.stage.bytes is not None]
     if sizes:
         smallest = min((a for a in parity.artifacts if a.stage.bytes is not None), key=lambda a: a.stage.bytes or 0)
         ratio = _ratio(smallest, source.bytes) if source and source.bytes else ""
@@ -87,7 +89,8 @@ def _tiles(parity: Parity, program: FrozenProgram) -> list[dict[str, str]]:
     checked = [layer for a in parity.artifacts for layer in a.layers]
     within = sum(layer.within for layer in checked)
     note = f"largest difference {lsb(max((x.max_lsb for x in checked), default=0.0))} LSB, {parity.settings['max_lsb']} allowed"
-    tiles.append({"label": "layers within tolerance", "value": f"{within} / {len(checked)}", "note": note, "how": "measured"})
+    if checked:
+        tiles.append({"label": "layers within tolerance", "value": f"{within} / {len(checked)}", "note": note, "how": "measured"})
     shares = [1.0 - coverage(a)["shares"]["float"] for a in parity.artifacts]
     if shares:
         value = _range([fixed(100 * v, 1) for v in (min(shares), max(shares))]) + " %"

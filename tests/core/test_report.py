@@ -200,6 +200,17 @@ def test_a_breach_is_at_the_top(run: Path, tmp_path: Path) -> None:
     assert "first to diverge" in html and "✕" in html
 
 
+def test_a_run_without_files_claims_nothing_of_files(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    parity = Parity.load(folder / "parity.json")
+    judged = tuple(s for s in parity.stages if s.name in ("float", "frozen"))
+    replace(parity, artifacts=(), stages=judged).save(folder / "parity.json")
+    html = render(folder)
+    assert "the frozen program was judged, no file was made" in html and "accuracy of the frozen program" in html
+    assert "file computes what" not in html and "0 / 0" not in html and 'id="coverage"' not in html
+
+
 def test_a_bare_folder_says_what_is_missing(run: Path, tmp_path: Path) -> None:
     for name in ("frozen.pt2", "parity.json"):
         shutil.copy(run / name, tmp_path / name)

@@ -73,13 +73,15 @@ def renamed(program: FrozenProgram, mismatches: Sequence[Mismatch]) -> list[Mism
 
 def packed(program: FrozenProgram, taps: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Outputs of the int8 form's layers as the program's layers have them: signs packed, channels last."""
-    found = {}
+    form, found = {layer.name: layer.op for layer in int8_form(program).layers}, {}
     for layer in program.layers:
         value = taps.get(layer.name)
         if value is None:
             continue
         if layer.packed:
-            last = np.moveaxis(value, 1, -1) if value.ndim == 4 and _is_image(layer) else value
+            # of integers that are no image the signs are made in the shape (1, C, positions, 1), and moved afterwards
+            moved = layer.op == "binarize" and form[layer.name] == "qadd"
+            last = np.moveaxis(value, 1, -1) if value.ndim == 4 and (moved or _is_image(layer)) else value
             # anything but -1 and +1 is no sign: as a bit it is wrong where it should not be
             value = np.packbits(last > 0, axis=-1, bitorder="little").reshape(layer.shape)
         found[layer.name] = value
@@ -253,25 +255,24 @@ def _binarize(e: _Editor, args: Mapping[str, Any]) -> tuple[fx.Node, bool]:
     shape, threshold = tuple(x.meta["val"].shape), e.own("threshold").to(torch.int32)
     scale, zero_point = _parameters(e, x)
     channels, others = shape[dim], [d for d in range(rank) if d != dim]
-    moved = not image and math.prod(shape[:dim]) > 1
-    if moved:
-        x = e.call(OPS.qpermute.default, x, [dim, *others], scale, zero_point)
     if not image:
+        if math.prod(shape[:dim]) > 1:
+            x = e.call(OPS.qpermute.default, x, [dim, *others], scale, zero_point)
         x = e.call(OPS.qreshape.default, x, [1, channels, math.prod(shape) // channels, 1], scale, zero_point)
     weight = torch.full((channels, 1, 1, 1), 2, dtype=torch.int8)
     bias = _doubled(e, threshold.expand(channels) - zero_point, 256)
     constants = (e.constant(weight), e.constant(torch.full((channels,), _GAIN * _FULL / scale)), bias)
     geometry = ([1, 1], [0, 0], [1, 1], channels)
     full = e.call(OPS.qconv2d.default, x, *constants, scale, zero_point, _FULL, 0, "none", *geometry, 8, 8)
+    signs = e.to_signs(full)
     if image:
-        return e.to_signs(full), True
-    packed_shape = [shape[d] for d in others] + [channels]
-    if moved:
-        full = e.call(OPS.qreshape.default, full, [channels, *packed_shape[:-1]], _FULL, 0)
-        full = e.call(OPS.qpermute.default, full, [*range(1, rank), 0], _FULL, 0)
-    else:
-        full = e.call(OPS.qreshape.default, full, packed_shape, _FULL, 0)
-    return e.to_signs(full), False
+        return signs, True
+    # only signs are moved back: litert-torch 0.10 takes a reshape out from under the sum, and the sum's scale with it
+    sizes = [shape[d] for d in others]
+    if math.prod(sizes) > 1:
+        signs = e.call(OPS.qreshape.default, signs, [channels, *sizes], *_SIGN)
+        return e.call(OPS.qpermute.default, signs, [*range(1, rank), 0], *_SIGN), False
+    return e.call(OPS.qreshape.default, signs, [*sizes, channels], *_SIGN), False
 
 
 def _binarize_float(e: _Editor, x: fx.Node, dim: int, image: bool) -> fx.Node:

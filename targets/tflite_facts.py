@@ -15,16 +15,10 @@ from edgekit.frozen.ops import activation_bounds
 from edgekit.targets.float_constants import Stored, compare_floats
 from edgekit.targets.tflite_dynamic import compare_dynamic, integer_weight
 from edgekit.targets.tflite_file import Op, Tensor, TfliteFile, enum_names
-from edgekit.targets.tflite_finish import LAYOUTS, WEIGHTED
+from edgekit.targets.tflite_finish import LAYOUTS, MOVING, VIEWS, WEIGHTED
 from edgekit.targets.tflite_wide import is_wide
 
 __all__ = ["channel_last_inputs", "compare", "coverage", "layouts", "memory", "notes", "spec"]
-
-_MOVING = ("RESHAPE", "TRANSPOSE", "SLICE", "STRIDED_SLICE", "SPLIT", "CONCATENATION", "PAD", "GATHER", "SQUEEZE", "EXPAND_DIMS")
-"""Operators that move values without changing them."""
-
-_VIEWS = ("qpad", "qreshape", "qpermute", "qslice", "dequantize")
-"""Layers that may leave no trace in the file: merged into a neighbour with the same scale, or done by the caller."""
 
 
 def _owner(file: TfliteFile, op: Op) -> str:
@@ -87,7 +81,7 @@ def _made_integer(file: TfliteFile, program: FrozenProgram, ops: Mapping[str, li
     for owner, mine in ops.items():
         for op in mine if owner.startswith("~") or owner in quantizers else ():
             types = {t.dtype for t in file.activations(op)}
-            if op.kind not in ("QUANTIZE", "DEQUANTIZE", *_MOVING) and kind in types:
+            if op.kind not in ("QUANTIZE", "DEQUANTIZE", *MOVING) and kind in types:
                 yield Mismatch(names.get(owner, owner), "type", f"{kind} in {op.kind}", "FLOAT32")
 
 
@@ -101,7 +95,7 @@ def _activation(file: TfliteFile, layer: Layer, kind: str) -> Iterator[Mismatch]
         return
     tensor = file.by_name.get(layer.name)
     if tensor is None:
-        if layer.op not in _VIEWS:
+        if layer.op not in VIEWS:
             yield Mismatch(layer.name, "output", "missing", f"an {kind} tensor of scale {layer.out_scale:.9g}")
         return
     if tensor.dtype != kind:

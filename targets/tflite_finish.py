@@ -22,7 +22,7 @@ from edgekit.targets.tflite_dynamic import owned_products, write_integers
 from edgekit.targets.tflite_edit import add_operator, add_tensor, restore_scales, write_luts
 from edgekit.targets.tflite_file import Op, TfliteFile, pack, parse, schema, serialize
 
-__all__ = ["LAYOUTS", "WEIGHTED", "finish", "same_quantization"]
+__all__ = ["LAYOUTS", "MOVING", "VIEWS", "WEIGHTED", "finish", "same_quantization"]
 
 WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 """Operators whose second input is a weight and third a bias."""
@@ -32,6 +32,13 @@ LAYOUTS = "edgekit.inputs"
 
 _STORED = {4: {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"}, 2: {"FULLY_CONNECTED"}}
 """Operators that take packed weights of so many bits (ai-edge-litert 2.3)."""
+
+
+MOVING = ("RESHAPE", "TRANSPOSE", "SLICE", "STRIDED_SLICE", "SPLIT", "CONCATENATION", "PAD", "GATHER", "SQUEEZE", "EXPAND_DIMS")
+"""Operators that move values without changing them."""
+
+VIEWS = ("qpad", "qreshape", "qpermute", "qslice", "dequantize")
+"""Layers that may leave no trace in the file: merged into a neighbour with the same scale, or done by the caller."""
 
 
 def same_quantization(tensor: Any, layer: Layer) -> bool:
@@ -93,11 +100,19 @@ def _owners(file: TfliteFile, program: FrozenProgram) -> dict[int, str]:
         found = [label for label in _labels(tensor.name) if label in rank]
         exact = [label for label in found if label in layers and same_quantization(tensor, layers[label])]
         if tensor.data is None and found:
-            owners[tensor.index] = max(exact or found, key=rank.__getitem__)
+            owners[tensor.index] = max(_computing(file, tensor.index, exact, layers) or exact or found, key=rank.__getitem__)
     owners |= owned_products(file, program)
     owners |= _io_owners(file, program)
     owners |= _shared_dequantizers(file, program, owners)
     return owners | _moved_quantizers(file, program, owners)
+
+
+def _computing(file: TfliteFile, index: int, names: Sequence[str], layers: Mapping[str, Layer]) -> list[str]:
+    """Those of several layers merged into one operator that compute: the others only move, and may have left no trace."""
+    made_by = file.producer.get(index)
+    if made_by is None or made_by.kind in MOVING:
+        return []
+    return [name for name in names if layers[name].op not in VIEWS]
 
 
 def _shared_dequantizers(file: TfliteFile, program: FrozenProgram, owners: Mapping[int, str]) -> dict[int, str]:

@@ -101,6 +101,49 @@ def test_files_equal_the_program_in_every_1_bit_layer(kind: type[nn.Module], tar
             assert table[name].storage in ("int4", "int8")
 
 
+@pytest.mark.parametrize("shape", [(13,), (3, 13), pytest.param((2, 3, 13), marks=pytest.mark.slow)])
+def test_signs_of_a_vector_are_read_from_a_tflite_file(shape: tuple[int, ...], tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    x = torch.from_numpy((rng.standard_normal((4, *shape)) * 3).astype(np.float32))
+    net = nn.Sequential(Random(rng, 13, 6, "none", True), FrozenOp("dequantize", 1, {}, scale=0.3, zero_point=4))
+    program = freeze_module(net, (x,))
+    module, path = targets.get("tflite"), tmp_path / "model.tflite"
+    module.lower(program, path)
+    for i in range(len(x)):
+        taps = module.taps(path, program, [x[i : i + 1].numpy()])
+        wanted = program.trace(x[i : i + 1])
+        assert {"0.sign", "0.first", "0.last"} <= taps.keys()
+        for name, value in taps.items():
+            np.testing.assert_array_equal(value, wanted[name].numpy(), name)
+
+
+def test_signs_along_the_middle_of_a_sequence() -> None:
+    class Middle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.quantize = FrozenOp("quantize", 1, {}, scale=0.05, zero_point=3, bits=8)
+            self.sign = FrozenOp("binarize", 1, {"threshold": torch.arange(-2, 3, dtype=torch.int16)}, dim=1)
+            weight = torch.tensor([[True, False, True, True, False], [False, False, True, False, True]])
+            ends = {"out_scale": 0.1, "out_zp": 0, "activation": "none", "out_bits": 8}
+            buffers = {
+                "weight": pack_signs(weight),
+                "weight_scale": torch.ones(2) / 10,
+                "bias": torch.zeros(2, dtype=torch.int32),
+            }
+            self.last = FrozenOp("binary_qlinear", 1, buffers, features=5, **ends)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.last(self.sign(self.quantize(x)))
+            return result
+
+    x = torch.randn(1, 5, 4, generator=torch.Generator().manual_seed(0))
+    program = freeze_module(Middle(), (x,))
+    form = int8_form(program)
+    assert torch.equal(form.run(x)[0], program.run(x)[0])
+    taps = {k: v.numpy() for k, v in form.trace(x).items()}
+    np.testing.assert_array_equal(packed(program, taps)["sign"], program.trace(x)["sign"].numpy())
+
+
 def test_what_it_is_stored_as_is_said(tmp_path: Path) -> None:
     import json
     from dataclasses import asdict

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from edgekit.frozen import Layer
+from edgekit.frozen.float_neurons import feedback
 from edgekit.frozen.ops import OPS
-from edgekit.frozen.spiking_ops import NEURON_OPS
+from edgekit.frozen.spiking_ops import INTEGER_NEURONS, NEURON_OPS, RECURRENT_OPS
 
 __all__ = ["FLOAT_STEP", "ROUNDING", "SPIKES", "explained", "membranes"]
 
@@ -39,9 +40,11 @@ def membranes(op: str, arguments: Mapping[str, Any], spikes: Tensor) -> Tensor:
     current, rows = torch.zeros_like(v), []
     for t in range(steps):
         given = x[t]
-        if op == "cuba_lif_sequence":
+        if op in RECURRENT_OPS and t:
+            given = given + feedback(s[t - 1], a["weight"], a["bias"])
+        if "tau_syn" in a:
             given = current = OPS.synapse.default(given, current, a["tau_syn"], a["w_in"], a["dt"])
-        if op == "if_sequence":
+        if op in ("if_sequence", "if_recurrent"):
             v = OPS.if_charge.default(given, v, a["r"], a["dt"])
         else:
             v = OPS.lif_charge.default(given, v, a.get("tau", a.get("tau_mem")), a["r"], a["v_leak"], a["dt"])
@@ -57,7 +60,7 @@ def explained(layer: Layer, arguments: Mapping[str, Any], expected: Tensor, foun
         arguments: what the layer got in the frozen program when fed the target's own inputs.
         expected, found: (T * N, ...) spikes of the frozen program from these inputs, and of the target.
     """
-    if layer.op == "qlif_sequence":
+    if layer.op in INTEGER_NEURONS:
         return torch.zeros(expected.shape, dtype=torch.bool)
     v = arguments["x"][None] if layer.op == "fire" else membranes(layer.op, arguments, expected)
     threshold = arguments["v_threshold"].to(v.dtype)

@@ -41,13 +41,11 @@ def check(program: FrozenProgram, target: str) -> None:
     """Refuse what has no form in a converter's operators.
 
     Raises:
-        UnsupportedError: integer neurons, delays, thresholds that are not positive; names the layer.
+        UnsupportedError: integer neurons, thresholds that are not positive; names the layer.
     """
     for layer in program.layers:
         threshold, reason = layer.args.get("v_threshold"), ""
-        if layer.op == "delay_steps":
-            reason = "delays have no form there; use target nir"
-        elif layer.op in UNLOWERED:
+        if layer.op in UNLOWERED:
             reason = f"{layer.op} is of the integer form, which is for firmware; lower the float one (`weights: float`)"
         elif isinstance(threshold, Tensor) and float(threshold.min()) <= 0:
             reason = "a threshold is not positive; use target nir"

@@ -22,16 +22,17 @@ _ATEN: Any = torch.ops.aten
 UNLOWERED = frozenset(
     {
         "qlif_sequence",
+        "qlif_recurrent",
+        "qsynapse_sequence",
         "spiking_linear",
         "spiking_conv2d",
         "add_currents",
         "add_spikes",
         "qaccumulate",
         "spike_sum_pool2d",
-        "delay_steps",
     }
 )
-"""Spiking operators without a rule: the integer form, which firmware runs, and delays."""
+"""Spiking operators without a rule: the integer form, which firmware runs."""
 
 
 def _ratio(dt: float, tau: Tensor) -> Tensor:
@@ -132,6 +133,37 @@ def _firing(
     return _ATEN.cat.default(rows, 0)  # type: ignore[no-any-return]
 
 
+def _recurrent(fire: Fire, op: str, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    """A neuron with a layer from its spikes back to itself; ``args`` are the neuron's own."""
+    *constants, dt, steps, reset, tie, max_spikes, _ = args
+    *given, threshold, v_reset, v_init = constants
+    back = partial(_ATEN.linear.default, weight=weight, bias=bias) if weight.dim() == 2 else partial(_same_size, weight, bias)
+    r: Tensor | None = None
+    v_leak: Tensor | None = None
+    if op == "if":
+        k = (given[0].double() * dt).to(torch.float32)
+    else:
+        tau, r, v_leak = given[1:4] if op == "cuba_lif" else given
+        k = _ratio(dt, tau)
+    v, rows, kept = _start(v_init, _by_step(x, steps)[0]), list[Tensor](), torch.zeros(())
+    for t, current in enumerate(_by_step(x, steps)):
+        current = current + back(rows[-1]) if t else current
+        if op == "cuba_lif":
+            kept = kept if t else torch.zeros_like(current)
+            current = kept = kept + _ratio(dt, given[0]) * (given[4] * current - kept)
+        v = _charge(v, current, k, r, v_leak)
+        rows.append(fire(v, threshold, tie, max_spikes))
+        if t + 1 < steps:
+            v = _after(v, rows[-1], threshold, v_reset, reset)
+    return _ATEN.cat.default(rows, 0)  # type: ignore[no-any-return]
+
+
+def _same_size(weight: Tensor, bias: Tensor | None, s: Tensor) -> Tensor:
+    padding, groups = [n // 2 for n in weight.shape[2:]], weight.shape[0] // weight.shape[1]
+    found: Tensor = _ATEN.conv2d.default(s, weight, bias, [1, 1], padding, [1, 1], groups)
+    return found
+
+
 def _integrating(x: Tensor, v_init: Tensor, steps: int, integrate: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     currents = _by_step(x, steps)
     v, rows = _start(v_init, currents[0]), []
@@ -168,6 +200,23 @@ def _fold(x: Tensor) -> Tensor:
     return _ATEN.view.default(x, [n * steps, *x.shape[2:]])  # type: ignore[no-any-return]
 
 
+def _delay(x: Tensor, delay: Tensor, steps: int) -> Tensor:
+    """What comes ``delay`` steps late, for each length of a delay by itself: a shift, and a mask where there are several."""
+    n, found = x.shape[0] // steps, []
+    for length in sorted(set(delay.reshape(-1).tolist())):
+        late = min(int(length), steps)
+        none = torch.zeros([late * n, *x.shape[1:]], dtype=x.dtype)
+        kept = _ATEN.slice.Tensor(x, 0, 0, (steps - late) * n)
+        moved = _ATEN.cat.default([none, kept], 0) if late else x
+        moved = none if late == steps else moved
+        mask = (delay == length).to(x.dtype)
+        found.append(moved if bool((mask == 1).all()) else moved * mask)
+    total: Tensor = found[0]
+    for part in found[1:]:
+        total = total + part
+    return total
+
+
 def _unfold(x: Tensor, steps: int) -> Tensor:
     n = x.shape[0] // steps
     y = _ATEN.view.default(x, [steps, n, *x.shape[1:]]) if n != 1 else _ATEN.view.default(x, [1, steps, *x.shape[1:]])
@@ -190,7 +239,8 @@ def spiking_rules(floors: bool = False) -> dict[str, Callable[..., Tensor]]:
     """
     fire = _floored if floors else _fire
     firing: dict[str, Callable[..., Tensor]] = {"lif_sequence": _lif, "if_sequence": _if, "cuba_lif_sequence": _cuba_lif}
-    return {**_RULES, **{name: partial(rule, fire) for name, rule in firing.items()}, "fire": fire}
+    loops = {f"{op}_recurrent": partial(_recurrent, fire, op) for op in ("lif", "if", "cuba_lif")}
+    return {**_RULES, **{name: partial(rule, fire) for name, rule in firing.items()}, **loops, "fire": fire}
 
 
 _RULES: Mapping[str, Callable[..., Tensor]] = {
@@ -205,4 +255,5 @@ _RULES: Mapping[str, Callable[..., Tensor]] = {
     "fold_steps": _fold,
     "unfold_steps": _unfold,
     "accumulate": _accumulate,
+    "delay_steps": _delay,
 }

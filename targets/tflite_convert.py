@@ -173,7 +173,9 @@ def trace(program: FrozenProgram, channel_last: bool) -> tuple[fx.GraphModule, t
                 tracer.channels = _channels(node)
                 values[node] = rules[node.target._schema.name.split("::")[1]](*args, **kwargs)
             else:
-                values[node] = tracer.create_proxy(node.op, node.target, args, kwargs)
+                # an image may lie channel-last here, which a view cannot flatten
+                target = torch.ops.aten.reshape.default if node.target is torch.ops.aten.view.default else node.target
+                values[node] = tracer.create_proxy(node.op, target, args, kwargs)
     return fx.GraphModule(root, graph).eval(), tuple(samples)
 
 

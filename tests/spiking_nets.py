@@ -9,7 +9,18 @@ from torch import Tensor, nn
 
 from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module
 
-__all__ = ["STEPS", "Conv", "Dense", "Residual", "conv_program", "dense_program", "neuron", "residual_program"]
+__all__ = [
+    "STEPS",
+    "Conv",
+    "Dense",
+    "Residual",
+    "conv_program",
+    "dense_program",
+    "neuron",
+    "recurrent_neuron",
+    "recurrent_program",
+    "residual_program",
+]
 
 STEPS = 8
 
@@ -24,6 +35,14 @@ def neuron(kind: str, steps: int = STEPS, **changes: Any) -> FrozenOp:
     rules |= {k: v for k, v in changes.items() if k in rules}
     values = {k: torch.as_tensor(changes.get(k, v), dtype=torch.float32) for k, v in constants.items()}
     return FrozenOp(f"{kind}_sequence", 1, values, steps=steps, **rules)
+
+
+def recurrent_neuron(kind: str, weight: Tensor, bias: Tensor | None, **changes: Any) -> FrozenOp:
+    """The same with a layer from their spikes back to themselves."""
+    plain = neuron(kind, **changes)
+    buffers = {**dict(plain.named_buffers()), "weight": weight} | ({} if bias is None else {"bias": bias})
+    rules = {**plain.attributes, "feedback": "back"} | ({"bias": None} if bias is None else {})
+    return FrozenOp(f"{kind}_recurrent", 1, buffers, **rules)
 
 
 class Conv(nn.Module):
@@ -97,6 +116,37 @@ class Dense(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.unfold(self.spike2(self.fc2(self.spike1(self.fc1(self.fold(x))))))
         return y
+
+
+class Recurrent(nn.Module):
+    """Sequences (N, T, 6), or images for all steps, through recurrent neurons and plain ones; the spikes of all steps."""
+
+    def __init__(self, kind: str = "lif", image: bool = False, bias: bool = True, **changes: Any) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        shape = (5, 1, 3, 3) if image else (12, 12)
+        self.enter = FrozenOp("repeat_steps", 1, {}, steps=STEPS) if image else FrozenOp("fold_steps", 1, {})
+        self.fc1: nn.Module = nn.Conv2d(1, 5, 3, padding=1) if image else nn.Linear(6, 12)
+        self.spike1 = recurrent_neuron(kind, 0.5 * torch.randn(shape), 0.1 * torch.randn(shape[0]) if bias else None, **changes)
+        self.fc2 = nn.Linear(80 if image else 12, 5, bias=False)
+        self.spike2 = neuron(kind, **changes)
+        self.unfold = FrozenOp("unfold_steps", 1, {}, steps=STEPS)
+        if image:  # depthwise
+            self.spike1.weight = 2 * self.spike1.weight
+        with torch.no_grad():
+            self.fc1.weight.mul_(4)
+            self.fc2.weight.mul_(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.unfold(self.spike2(self.fc2(self.spike1(self.fc1(self.enter(x))).flatten(1))))
+        return y
+
+
+def recurrent_program(kind: str = "lif", image: bool = False, bias: bool = True, **changes: Any) -> tuple[FrozenProgram, Tensor]:
+    """The program of :class:`Recurrent` and 6 samples."""
+    numbers = torch.Generator().manual_seed(2)
+    x = torch.rand(6, 1, 4, 4, generator=numbers) if image else (torch.rand(6, STEPS, 6, generator=numbers) < 0.3).float()
+    return freeze_module(Recurrent(kind, image, bias, **changes), (x,), name="recurrent"), x
 
 
 def conv_program(kind: str = "if", **changes: Any) -> tuple[FrozenProgram, Tensor]:

@@ -1,9 +1,10 @@
 """A float spiking program as a program of one step, with the state as inputs and outputs.
 
 ``(x, *state) -> (y, *state)``: x is the input of the step, (N, ...) without a time axis; y what the readout gets in it, before it
-is summed; the state holds for each layer of neurons its membrane, then its synaptic current where it has one, in the program's
-order. Starting from :func:`initial_state` and run T times, it gives the steps of the program it was made of: the arithmetic of
-neurons is the same to the last bit, sums of weights may be rounded otherwise for one step than for many.
+is summed; the state holds for each layer of neurons its membrane, then its synaptic current where it has one, then what its
+spikes give back to it where it is recurrent, all of one shape; for each delay what is on its way, (N, longest, ...); in the
+program's order. Starting from :func:`initial_state` and run T times, it gives the steps of the program it was made of: the
+arithmetic of neurons is the same to the last bit, sums of weights may be rounded otherwise for one step than for many.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, fx, nn
 from edgekit.errors import ModelError
 from edgekit.frozen.float_layers import FloatOp
 from edgekit.frozen.program import FrozenOp, FrozenProgram, Layer, freeze_module
-from edgekit.frozen.spiking_ops import STATEFUL_OPS
+from edgekit.frozen.spiking_ops import INTEGER_NEURONS, RECURRENT_OPS, STATEFUL_OPS
 
 __all__ = ["initial_state", "stepping"]
 
@@ -28,10 +29,13 @@ _RESHAPES = ("aten.view.default", "aten.reshape.default", "aten._unsafe_view.def
 def initial_state(program: FrozenProgram) -> tuple[Tensor, ...]:
     """The state before the first step, batch of one, of the program with all steps."""
     found: list[Tensor] = []
-    for layer in _neurons(program):
+    for layer in _stateful(program):
         shape = (1, *layer.shape[1:])
+        if layer.op == "delay_steps":
+            found.append(torch.zeros(1, int(layer.args["delay"].max()), *layer.shape[1:]))
+            continue
         found.append(layer.args["v_init"].float().expand(shape).clone())
-        found += [torch.zeros(shape)] if "tau_syn" in layer.args else []
+        found += [torch.zeros(shape) for _ in _states(layer)[1:]]
     return tuple(found)
 
 
@@ -39,7 +43,7 @@ def stepping(program: FrozenProgram) -> FrozenProgram:
     """The program of one step.
 
     Raises:
-        ModelError: no neurons with time, several inputs, or an operator that has no single step (integer neurons, delays).
+        ModelError: no neurons with time, several inputs, or an operator that has no single step (integer neurons).
     """
     neurons = _neurons(program)
     if not neurons:
@@ -55,7 +59,19 @@ def stepping(program: FrozenProgram) -> FrozenProgram:
 
 
 def _neurons(program: FrozenProgram) -> list[Layer]:
-    return [layer for layer in program.layers if layer.op in STATEFUL_OPS and layer.op != "qlif_sequence"]
+    return [layer for layer in program.layers if layer.op in STATEFUL_OPS and layer.op not in INTEGER_NEURONS]
+
+
+def _states(layer: Layer) -> list[str]:
+    """Membrane, synaptic current, feedback; of a delay what is on its way."""
+    if layer.op == "delay_steps":
+        return ["line"]
+    return ["v", *(["i"] if "tau_syn" in layer.args else []), *(["f"] if layer.op in RECURRENT_OPS else [])]
+
+
+def _stateful(program: FrozenProgram) -> list[Layer]:
+    """Neurons and delays."""
+    return [layer for layer in program.layers if layer in _neurons(program) or layer.op == "delay_steps"]
 
 
 class _Builder:
@@ -73,9 +89,8 @@ class _Builder:
         for node in nodes:
             if node.op == "placeholder":
                 self.values[node] = self.out.placeholder(node.name)
-        for layer in _neurons(self.program):
-            names = ["v", "i"] if "tau_syn" in layer.args else ["v"]
-            self.given[layer.name] = [self.out.placeholder(f"{layer.name.replace('.', '_')}_{n}") for n in names]
+        for layer in _stateful(self.program):
+            self.given[layer.name] = [self.out.placeholder(f"{layer.name.replace('.', '_')}_{n}") for n in _states(layer)]
         for node in nodes:
             if node.op == "get_attr":
                 self._constant(node)
@@ -104,9 +119,12 @@ class _Builder:
             if str(node.target) in _RESHAPES:
                 shape: Any = args[1]
                 args = (args[0], [1, *shape[1:]])
-            self.values[node] = self._add(self.names[node.name], FloatOp(node.target), args, kwargs)  # type: ignore[arg-type]
+            target: Any = torch.ops.aten.reshape.default if str(node.target) in _RESHAPES else node.target
+            self.values[node] = self._add(self.names[node.name], FloatOp(target), args, kwargs)
         elif layer.op in _PASSED:
             self.values[node] = self.values[node.args[0]]  # type: ignore[index]
+        elif layer.op == "delay_steps":
+            self.values[node] = self._late(layer, self.values[node.args[0]])  # type: ignore[index]
         elif layer.name in self.given:
             self.values[node] = self._neuron(layer, self.values[node.args[0]])  # type: ignore[index]
         else:
@@ -115,6 +133,8 @@ class _Builder:
     def _neuron(self, layer: Layer, x: fx.Node) -> fx.Node:
         a, state = layer.args, list(self.given[layer.name])
         after: list[fx.Node] = []
+        if layer.op in RECURRENT_OPS:
+            x = self._add(f"{layer.name}.add", FloatOp(torch.ops.aten.add.Tensor), (x, state[-1]), {})
         if "tau_syn" in a:
             x = self._op(layer, "synapse", {k: a[k] for k in ("tau_syn", "w_in")}, x, state[1], dt=a["dt"])
             after = [x]
@@ -128,8 +148,15 @@ class _Builder:
             return v
         s = self._op(layer, "fire", {"v_threshold": a["v_threshold"]}, v, tie=a["tie"], max_spikes=a["max_spikes"])
         constants = {k: a[k] for k in ("v_threshold", "v_reset")}
+        if layer.op in RECURRENT_OPS:
+            after.append(self._add(str(a["feedback"]), _feedback(a["weight"], a["bias"]), (s,), {}))
         self.states += [self._op(layer, "fire_reset", constants, v, s, reset=a["reset"]), *after]
         return s
+
+    def _late(self, layer: Layer, x: fx.Node) -> fx.Node:
+        made = self._add(f"{layer.name}.line", _Line(layer.args["delay"]), (x, *self.given[layer.name]), {})
+        self.states.append(self.out.call_function(operator.getitem, (made, 1)))
+        return self.out.call_function(operator.getitem, (made, 0))
 
     def _op(self, layer: Layer, op: str, constants: dict[str, Tensor], *inputs: fx.Node, **rules: Any) -> fx.Node:
         return self._add(f"{layer.name}.{op}", FrozenOp(op, len(inputs), constants, **rules), inputs, {})
@@ -143,3 +170,39 @@ class _Builder:
             owner = getattr(owner, step)
         owner.add_module(leaf, part)
         return self.out.create_node("call_module", name, args, kwargs)
+
+
+def _feedback(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A recurrent neuron's layer back to itself."""
+    made: nn.Linear | nn.Conv2d
+    if weight.dim() == 2:
+        made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    else:
+        channels, kernel = len(weight), (int(weight.shape[2]), int(weight.shape[3]))
+        padding, groups = (kernel[0] // 2, kernel[1] // 2), channels // weight.shape[1]
+        made = nn.Conv2d(channels, channels, kernel, padding=padding, groups=groups, bias=bias is not None)
+    made.weight = nn.Parameter(weight.float())
+    if bias is not None:
+        made.bias = nn.Parameter(bias.float())
+    return made
+
+
+class _Line(nn.Module):
+    """A delay: ``(x (N, ...), what is on its way (N, longest, ...)) -> (what comes out, what is on its way)``."""
+
+    def __init__(self, delay: Tensor) -> None:
+        super().__init__()
+        self.lengths = sorted({int(d) for d in delay.reshape(-1).tolist()})
+        for length in self.lengths if len(self.lengths) > 1 else ():
+            self.register_buffer(f"mask_{length}", (delay == length).float())
+
+    def forward(self, x: Tensor, waiting: Tensor) -> tuple[Tensor, Tensor]:
+        line = torch.cat([waiting, x.unsqueeze(1)], 1)
+        longest = self.lengths[-1]
+        late = [line[:, longest - length] for length in self.lengths]
+        if len(late) > 1:
+            late = [part * self.get_buffer(f"mask_{length}") for part, length in zip(late, self.lengths, strict=True)]
+        total = late[0]
+        for part in late[1:]:
+            total = total + part
+        return total, line[:, 1:]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, fx
 
 from edgekit.errors import ModelError
 from edgekit.frozen import spiking_ops
+from edgekit.frozen.float_neurons import feedback
 from edgekit.frozen.program import FrozenProgram
 
 __all__ = ["Steps", "run_until", "steps_of"]
@@ -26,7 +28,7 @@ class Steps:
     Attributes:
         program: a spiking program with float neurons.
         count: its steps.
-        state: membranes (and synaptic currents) by fx node name, rows of the samples that still run.
+        state: membranes (synaptic currents, feedback) by fx node name, rows of the samples that still run.
         sums: of the values that outputs are means of, by fx node name.
         done: steps taken.
     """
@@ -172,9 +174,31 @@ def _li(x: Tensor, args: dict[str, Any], state: State | None) -> tuple[Tensor, S
     return v, (v,)
 
 
+def _recurrent(
+    x: Tensor, args: dict[str, Any], state: State | None, neuron: Callable[..., tuple[Tensor, State]]
+) -> tuple[Tensor, State]:
+    """The last part of the state is what the spikes of the step before give back; nothing before the first step."""
+    s, after = neuron(x, args, None) if state is None else neuron(x + state[-1], args, state[:-1])
+    return s, (*after, feedback(s, args["weight"], args["bias"]))
+
+
+def _late(x: Tensor, args: dict[str, Any], state: State | None) -> tuple[Tensor, State]:
+    """What came in ``delay`` steps ago; the state is all that is on its way, (N, longest delay, ...)."""
+    delay: Tensor = args["delay"].to(torch.int64)
+    longest = int(delay.max())
+    waiting = x.new_zeros(x.shape[0], longest, *x.shape[1:]) if state is None else state[0]
+    line = torch.cat([waiting, x.unsqueeze(1)], 1)
+    at = (longest - delay).expand(x.shape).unsqueeze(1)
+    return line.gather(1, at).squeeze(1), (line[:, 1:],)
+
+
 _NEURONS: dict[str, Callable[[Tensor, dict[str, Any], State | None], tuple[Tensor, State]]] = {
     "if_sequence": _if,
     "lif_sequence": _lif,
     "cuba_lif_sequence": _cuba_lif,
     "li_sequence": _li,
+    "delay_steps": _late,
+    "if_recurrent": partial(_recurrent, neuron=_if),
+    "lif_recurrent": partial(_recurrent, neuron=_lif),
+    "cuba_lif_recurrent": partial(_recurrent, neuron=_cuba_lif),
 }

@@ -23,7 +23,7 @@ from torch import fx
 from edgekit.errors import UnsupportedError
 from edgekit.frozen import FrozenProgram
 from edgekit.nir.file import require
-from edgekit.nir.rules import REMEDIES, RULES, Call, Refused
+from edgekit.nir.rules import REMEDIES, RULES, Call, Refused, loop
 
 __all__ = ["layer_names", "to_nir"]
 
@@ -123,7 +123,10 @@ class _Export:
         elif op in _ADD and len(inputs) == 2:
             self._add(node, *inputs)
         elif op in RULES:
-            self._place(node, inputs[0], RULES[op](self._described(node, inputs[0])))
+            call = self._described(node, inputs[0])
+            self._place(node, inputs[0], RULES[op](call))
+            if "feedback" in call.args:
+                self._loop(self.values[node].sources[0], call)
         else:
             base = op.split(".")[1]
             raise Refused(f"operator {op} has no form in NIR", REMEDIES.get(base, "replace it by what NIR has"))
@@ -144,6 +147,12 @@ class _Export:
         self.nodes[name] = made
         self.edges += [(source, name) for source in self.values[x].sources]
         self.values[node] = _Value((name,))
+
+    def _loop(self, neuron: str, call: Call) -> None:
+        """The layer from a neuron's spikes back to itself."""
+        name = self._free(call.args["feedback"])
+        self.nodes[name] = loop(call)
+        self.edges += [(neuron, name), (name, neuron)]
 
     def _add(self, node: fx.Node, a: fx.Node, b: fx.Node) -> None:
         both = (*self.values[a].sources, *self.values[b].sources)

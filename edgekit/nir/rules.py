@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-__all__ = ["NEURONS", "REMEDIES", "RULES", "Call", "Refused", "numbers"]
+from edgekit.frozen.spiking_ops import RECURRENT_OPS
+
+__all__ = ["NEURONS", "REMEDIES", "RULES", "Call", "Refused", "loop", "numbers"]
 
 Array = np.ndarray
 
@@ -169,7 +171,7 @@ NEURONS: dict[str, tuple[str, tuple[str, ...]]] = {
 def _neuron(call: Call) -> Any:
     import nir
 
-    name, fields = NEURONS[call.op.removeprefix("edgekit.")]
+    name, fields = NEURONS[call.op.removeprefix("edgekit.").replace("_recurrent", "_sequence")]
     values = {field: _full(call.args[field], call) for field in fields}
     start = call.array("v_init")
     metadata: dict[str, Any] = {"v_init": float(start) if start.size == 1 else _full(call.args["v_init"], call)}
@@ -178,6 +180,18 @@ def _neuron(call: Call) -> Any:
         if call.args["reset"] == "zero":
             values["v_reset"] = np.zeros_like(values["v_reset"])
     return getattr(nir, name)(**values, metadata=metadata)
+
+
+def loop(call: Call) -> Any:
+    """The layer of a recurrent neuron from its spikes back to itself."""
+    import nir
+
+    weight, bias = call.array("weight"), call.args["bias"]
+    if weight.ndim == 2:
+        return nir.Linear(weight) if bias is None else nir.Affine(weight, numbers(bias))
+    offset = np.zeros(len(weight), np.float32) if bias is None else numbers(bias)
+    padding = tuple(size // 2 for size in weight.shape[2:])
+    return nir.Conv2d(call.after[1:], weight, (1, 1), padding, (1, 1), len(weight) // weight.shape[1], offset)
 
 
 def _two(value: Sequence[int]) -> tuple[int, int]:
@@ -197,7 +211,7 @@ RULES: dict[str, Callable[[Call], Any]] = {
     **dict.fromkeys((f"aten.{op}" for op in ("mul.Tensor", "mul.Scalar", "div.Tensor", "div.Scalar")), _scale),
     **dict.fromkeys((f"aten.{op}" for op in ("ge.Tensor", "ge.Scalar", "gt.Tensor", "gt.Scalar")), _compare),
     "edgekit.delay_steps": _delay,
-    **dict.fromkeys((f"edgekit.{op}" for op in NEURONS), _neuron),
+    **dict.fromkeys((f"edgekit.{op}" for op in (*NEURONS, *RECURRENT_OPS)), _neuron),
 }
 """Operator to what makes its node; None instead of a node: the value passes through unchanged."""
 
@@ -210,6 +224,6 @@ REMEDIES = {
     "sub": "put the constant into the bias of the layer before",
     "add": "put the constant into the bias of the layer before",
     **dict.fromkeys(("qlif_sequence", "spiking_linear", "spiking_conv2d", "qaccumulate", "qconv2d", "qlinear"), _INTEGER),
-    **dict.fromkeys(("add_currents", "add_spikes", "quantize", "dequantize"), _INTEGER),
+    **dict.fromkeys(("add_currents", "add_spikes", "quantize", "dequantize", "qlif_recurrent", "qsynapse_sequence"), _INTEGER),
 }
 """What to do about an operator without a rule."""

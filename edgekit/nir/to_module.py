@@ -20,7 +20,7 @@ from edgekit.frozen import FrozenOp, FrozenProgram, Unquantized, freeze_module
 from edgekit.nir.file import require
 from edgekit.nir.nodes import paddings, pair
 from edgekit.nir.rules import NEURONS
-from edgekit.nir.semantics import Flat, flatten, kind, rule, step_length
+from edgekit.nir.semantics import FIRING, Flat, flatten, kind, rule, step_length
 
 __all__ = ["Cell", "NirModule", "to_module", "to_program"]
 
@@ -91,7 +91,12 @@ class NirModule(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.flat, self.steps, self.dt, self.shape, self.encoding, self.facts = flat, steps, dt, shape, encoding, facts
+        self.loops: dict[str, str] = {}
         for group in flat.groups:
+            if (found := _looped(flat, group)) is not None:
+                self.loops[found[0]] = found[1]
+                self._put(found[0], _recurrent(*found, flat, dt, steps, facts))
+                continue
             for n in group:
                 self._place(n, _cell if flat.is_cycle(group) else _layer)
         enter = FrozenOp("repeat_steps", 1, {}, steps=steps) if encoding == "repeat" else FrozenOp("fold_steps", 1, {})
@@ -101,13 +106,16 @@ class NirModule(nn.Module):
         self.readout = nn.ModuleList(FrozenOp(leave[0], 1, {}, **leave[1]) for _ in flat.outputs)
 
     def _place(self, name: str, make: Callable[..., nn.Module]) -> None:
+        self._put(name, make(name, self.flat.nodes[name], self.dt, self.steps, self.facts))
+
+    def _put(self, name: str, part: nn.Module) -> None:
         owner: nn.Module = self
         *path, leaf = _module_name(name).split(".")
-        for part in path:
-            if not hasattr(owner, part):
-                owner.add_module(part, nn.Module())
-            owner = getattr(owner, part)
-        owner.add_module(leaf, make(name, self.flat.nodes[name], self.dt, self.steps, self.facts))
+        for step in path:
+            if not hasattr(owner, step):
+                owner.add_module(step, nn.Module())
+            owner = getattr(owner, step)
+        owner.add_module(leaf, part)
 
     def sample(self) -> Tensor:
         """A batch of one of zeros."""
@@ -138,7 +146,8 @@ class NirModule(nn.Module):
         return nir.NIRGraph(nodes, edges, metadata={"dt": self.dt, "steps": self.steps, **self.outside}, type_check=False)
 
     def _node(self, name: str, node: Any) -> Any:
-        made, layer = copy.deepcopy(node), self.layer(name)
+        neurons = {back: neuron for neuron, back in self.loops.items()}
+        made, layer = copy.deepcopy(node), self.layer(neurons.get(name, name))
         for field in ("weight", "bias"):
             value = getattr(layer, field, None)
             if isinstance(value, Tensor) and hasattr(made, field):
@@ -151,7 +160,11 @@ class NirModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         values: dict[str, Tensor] = {self.flat.inputs[0]: self.encode(x)}
         for group in self.flat.groups:
-            if self.flat.is_cycle(group):
+            neuron = next((n for n in group if n in self.loops), "")
+            if neuron:
+                outside = [values[s] for s in self.flat.sources[neuron] if s != self.loops[neuron]]
+                values[neuron] = self.layer(neuron)(_total(outside))
+            elif self.flat.is_cycle(group):
                 self._cycle(group, values)
             elif group[0] not in values:
                 values[group[0]] = self.layer(group[0])(_total([values[s] for s in self.flat.sources[group[0]]]))
@@ -228,6 +241,35 @@ def _layer(name: str, node: Any, dt: float, steps: int, facts: Mapping[str, Any]
         return _stateless(name, node)
     buffers, rules = _neuron_parts(name, node, facts)
     return FrozenOp(_OPS[kind(node)], 1, buffers, dt=dt, steps=steps, **rules)
+
+
+def _looped(flat: Flat, group: Sequence[str]) -> tuple[str, str] | None:
+    """The neuron and the layer of a cycle that a recurrent operator computes: spikes through one layer back to their neurons."""
+    if len(group) != 2:
+        return None
+    neuron, back = sorted(group, key=lambda n: kind(flat.nodes[n]) not in FIRING)
+    node, readers = flat.nodes[back], [n for n, sources in flat.sources.items() if back in sources]
+    if kind(flat.nodes[neuron]) not in FIRING or flat.sources[back] != (neuron,) or readers != [neuron]:
+        return None
+    if neuron in flat.sources[neuron] or len(flat.sources[neuron]) < 2 or kind(node) not in ("Affine", "Linear", "Conv2d"):
+        return None
+    if kind(node) != "Conv2d":
+        return (neuron, back) if np.ndim(node.weight) == 2 else None
+    size = np.shape(node.weight)[2:]
+    same = paddings(node.padding, size, pair(node.dilation)) == [(n // 2, n // 2) for n in size]
+    plain = {*pair(node.stride), *pair(node.dilation)} == {1} and all(n % 2 for n in size)
+    return (neuron, back) if same and plain else None
+
+
+def _recurrent(neuron: str, back: str, flat: Flat, dt: float, steps: int, facts: Mapping[str, Any]) -> nn.Module:
+    node, layer = flat.nodes[neuron], flat.nodes[back]
+    buffers, rules = _neuron_parts(neuron, node, facts)
+    buffers["weight"] = _tensor(layer.weight)
+    if kind(layer) == "Affine" or np.any(getattr(layer, "bias", 0)):
+        buffers["bias"] = _tensor(layer.bias)
+    none = {} if "bias" in buffers else {"bias": None}
+    op = _OPS[kind(node)].replace("_sequence", "_recurrent")
+    return FrozenOp(op, 1, buffers, dt=dt, steps=steps, feedback=back, **rules, **none)
 
 
 def _cell(name: str, node: Any, dt: float, steps: int, facts: Mapping[str, Any]) -> nn.Module:

@@ -29,7 +29,7 @@ def grid(rng: np.random.Generator, shape: tuple[int, ...], low: float = -1.0, hi
 
 
 def tensors(values: dict[str, np.ndarray]) -> list[Tensor]:
-    return [torch.from_numpy(v) for v in values.values()]
+    return [torch.from_numpy(np.asarray(v)) for v in values.values()]
 
 
 def fired(v: F32, threshold: F32, v_reset: F32, reset: str, tie: str, most: int) -> tuple[F32, F32]:
@@ -87,6 +87,77 @@ def test_float_neurons_equal_loops_over_single_neurons(kind: str, seed: int, res
             if fires:
                 out, v = fired(v, q["v_threshold"], q["v_reset"], reset, tie, most)
             assert found.view(steps, n, *shape)[(t, *at)].item() == out
+
+
+@pytest.mark.parametrize("kind", ["lif", "if", "cuba_lif"])
+@pytest.mark.parametrize("image", [False, True])
+@given(SEEDS, RESET, st.sampled_from([1, 3]), st.booleans())
+def test_recurrent_neurons_equal_loops(kind: str, image: bool, seed: int, reset: str, most: int, bias: bool) -> None:
+    """Numbers are multiples of 1/8 where they are summed, so that no order of summation rounds."""
+    rng = np.random.default_rng(seed)
+    steps, n, shape = 5, 2, (4, 3, 2) if image else (4,)
+    p = {name: F32({"tau": 2, "tau_mem": 2, "tau_syn": 4, "v_leak": 0.25}.get(name, 1)) for name in PARAMETERS[kind]}
+    p |= {"v_threshold": F32(1.25), "v_reset": F32(-0.5), "v_init": F32(0.5)}
+    x, weight = (F32(rng.integers(-9, 10, s) / 8) for s in ((steps * n, *shape), (4, 2, 3, 1) if image else (4, 4)))
+    offset = F32(rng.integers(-4, 5, 4) / 8)
+    given = (torch.from_numpy(x), torch.from_numpy(weight), torch.from_numpy(offset) if bias else None, *tensors(p))
+    found = call(f"{kind}_recurrent", *given, 1.0, steps, reset, "ge", most, "back").view(steps, n, *shape)
+
+    def back(s: np.ndarray, at: tuple[int, ...]) -> F32:
+        o, total = at[0], offset[at[0]] if bias else F32(0)
+        for c in range(weight.shape[1]):
+            if not image:
+                total += weight[o, c] * s[c]
+            for k in range(3) if image else ():
+                row = at[1] + k - 1
+                total += weight[o, c, k, 0] * s[o // 2 * 2 + c, row, at[2]] if 0 <= row < 3 else F32(0)
+        return total
+
+    for b in range(n):
+        v, i = np.full(shape, p["v_init"], F32), np.zeros(shape, F32)
+        s = np.zeros(shape, F32)
+        for t in range(steps):
+            before = s.copy()
+            for at in np.ndindex(*shape):
+                current = x.reshape(steps, n, *shape)[(t, b, *at)] + (back(before, at) if t else F32(0))
+                v[at], i[at] = integrated(kind, v[at], i[at], current, p, 1.0)
+                s[at], v[at] = fired(v[at], p["v_threshold"], p["v_reset"], reset, "ge", most)
+            assert np.array_equal(found[t, b].numpy(), s)
+
+
+@given(SEEDS, st.sampled_from(["subtract", "zero"]), st.sampled_from([1, 3]), st.sampled_from([0, 20000, NO_LEAK]))
+def test_recurrent_integer_neurons_and_fading_currents_equal_python_integers(seed: int, reset: str, most: int, fade: int) -> None:
+    rng = np.random.default_rng(seed)
+    steps, n, features = 6, 2, 4
+    x = rng.integers(-9000, 9001, (steps * n, features)).astype(np.int16)
+    weight = rng.integers(-128, 128, (features, features)).astype(np.int8)
+    bias, threshold = (rng.integers(*span, features).astype(np.int16) for span in ((-900, 900), (1, 9000)))
+    decay = rng.choice([16384, 29491, NO_LEAK], features).astype(np.int16)
+    start, fades = rng.integers(-900, 900, features).astype(np.int16), np.full(features, fade, np.int16)
+    tensors_ = [torch.from_numpy(a) for a in (x, weight, np.ones(features, F32), bias, fades, threshold, decay, start)]
+    found = call("qlif_recurrent", *tensors_, steps, reset, most, 8).view(steps, n, features)
+    faded = call("qsynapse_sequence", tensors_[0], tensors_[4], steps).view(steps, n, features)
+
+    def leaked(value: int, d: int) -> int:
+        return value if d == NO_LEAK else (value * d + 0x4000) >> 15
+
+    def sat(value: int) -> int:
+        return min(max(value, -32768), 32767)
+
+    for b in range(n):
+        v, j, alone, s = [int(a) for a in start], [0] * features, [0] * features, [0] * features
+        for t in range(steps):
+            before = list(s)
+            for f in range(features):
+                given = int(x.reshape(steps, n, features)[t, b, f])
+                alone[f] = sat(leaked(alone[f], fade) + given)
+                if t:
+                    given = sat(given + int(bias[f]) + sum(int(w) * a for w, a in zip(weight[f], before, strict=True)))
+                j[f] = sat(leaked(j[f], fade) + given)
+                v[f] = sat(leaked(v[f], int(decay[f])) + j[f])
+                s[f] = min(max(v[f] // int(threshold[f]), 0), most)
+                v[f] = (v[f] - s[f] * int(threshold[f])) if reset == "subtract" else 0 if s[f] else v[f]
+            assert found[t, b].tolist() == s and faded[t, b].tolist() == alone
 
 
 @given(SEEDS, st.sampled_from(["subtract", "zero"]), st.sampled_from([1, 1, 15]))
@@ -249,6 +320,24 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "li_sequence": (x, half + 1, one, none, none, 1.0, 4),
         "cuba_li_sequence": (x, half + 1, half + 1, one, none, one, none, 1.0, 4),
         "i_sequence": (x, one, none, 1.0, 4),
+        "lif_recurrent": (x, weight.float()[:, :, 0, 0].repeat(2, 1)[:3], None, half + 1, one, none, *firing, "back"),
+        "if_recurrent": (x, torch.eye(3), one, one, *firing, "back"),
+        "cuba_lif_recurrent": (x, torch.eye(3), None, half + 1, half + 1, one, none, one, *firing, "back"),
+        "qlif_recurrent": (
+            current,
+            torch.eye(3, dtype=torch.int8),
+            one,
+            start,
+            start,
+            level,
+            level,
+            start,
+            4,
+            "zero",
+            1,
+            8,
+        ),
+        "qsynapse_sequence": (current, level, 4),
         "qlif_sequence": (current, level, torch.full((3,), 30000, dtype=torch.int16), start, 4, "subtract", 1),
         "lif_charge": (x, x + 1, half + 1, one, none, 1.0),
         "if_charge": (x, x + 1, one, 1.0),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from core.test_nir_interpreter import chain, recurrent
-from spiking_nets import STEPS, conv_program, dense_program
+from spiking_nets import STEPS, conv_program, dense_program, recurrent_program
 from torch import nn
 from typer.testing import CliRunner
 
@@ -38,6 +38,9 @@ PROGRAMS = {
     "dense lif to a value": lambda: dense_program("lif", reset="value", v_reset=-0.25),
     "dense cuba": lambda: dense_program("cuba_lif"),
     "dense multi-spike": lambda: dense_program("if", max_spikes=3),
+    "dense recurrent": lambda: recurrent_program("lif", v_threshold=0.7),
+    "dense recurrent cuba": lambda: recurrent_program("cuba_lif", reset="zero", v_threshold=0.7),
+    "conv recurrent": lambda: recurrent_program("if", image=True, bias=False),
     "dense, dt 1 ms": lambda: dense_program("lif", dt=1e-3, tau=2e-3),
 }
 
@@ -186,13 +189,15 @@ def test_a_recurrent_graph_runs_as_a_program() -> None:
     wanted = interpret(graph, x.transpose(1, 0, 2)).output.transpose(1, 0, 2)
     assert 0.1 < wanted.mean() < 0.5
     assert np.array_equal(program.run(torch.from_numpy(x))[0].numpy(), wanted)
+    assert np.array_equal(interpret(to_nir(program), x.transpose(1, 0, 2)).output.transpose(1, 0, 2), wanted)
+    assert [layer.op for layer in program.layers] == ["fold_steps", "lif_recurrent", "unfold_steps"]
     module = to_module(graph, 20, readout="sequence")
     again = module.graph()
     assert sorted(again.nodes) == ["cell.lif", "cell.rec", "cell.w", "input", "output"]
     assert np.array_equal(interpret(again, x.transpose(1, 0, 2)).output.transpose(1, 0, 2), wanted)
     assert same(to_module(again).graph(), again) == []  # steps, dt and readout are in it now
     with torch.no_grad():
-        module.layer("cell.rec").weight.zero_()
+        module.layer("cell.lif").weight.zero_()
     assert not module.graph().nodes["cell.rec"].weight.any()
 
 

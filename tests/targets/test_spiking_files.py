@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from spiking_nets import STEPS, conv_program, dense_program
+from spiking_nets import STEPS, conv_program, dense_program, recurrent_program
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -31,6 +31,9 @@ PROGRAMS: dict[str, Any] = {
     "dense lif to a value": lambda: dense_program("lif", reset="value", v_reset=-0.25, v_leak=0.1),
     "dense cuba": lambda: dense_program("cuba_lif", v_threshold=0.7),
     "dense multi-spike": lambda: dense_program("if", max_spikes=3, v_threshold=0.7),
+    "dense recurrent": lambda: recurrent_program("lif", v_threshold=0.7),
+    "dense recurrent cuba": lambda: recurrent_program("cuba_lif", reset="zero", v_threshold=0.7),
+    "conv recurrent": lambda: recurrent_program("if", image=True, bias=False),
 }
 
 
@@ -80,6 +83,8 @@ def test_a_floor_of_the_quotient_is_the_comparison_for_every_neighbour() -> None
     [
         ("onnx", "conv if"),
         ("tflite", "dense lif"),
+        ("tflite", "dense recurrent cuba"),
+        pytest.param("executorch", "conv recurrent", marks=pytest.mark.slow),
         pytest.param("onnx", "dense cuba", marks=pytest.mark.slow),
         pytest.param("executorch", "dense lif", marks=pytest.mark.slow),
     ],
@@ -115,19 +120,28 @@ def test_a_program_of_one_step_run_step_by_step_is_the_program(name: str) -> Non
         y, *state = step.run(x[:1] if name.startswith("conv") else x[:1, t], *state)
         rows.append(y)
     (wanted,) = program.run(x[:1])
-    if name.startswith("conv"):
+    if name in ("conv if", "conv lif"):
         assert torch.allclose(sum(rows[1:], rows[0]) / STEPS, wanted, atol=1e-6)
     else:
         assert torch.equal(torch.stack(rows, 1), wanted)
 
 
-@pytest.mark.parametrize("target", ["onnx", pytest.param("tflite", marks=pytest.mark.slow)])
-def test_a_file_of_one_step_is_run_with_its_state(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        ("onnx", "dense cuba"),
+        ("onnx", "dense recurrent cuba"),
+        pytest.param("tflite", "dense recurrent", marks=pytest.mark.slow),
+    ],
+)
+def test_a_file_of_one_step_is_run_with_its_state(
+    target: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = get(target)
     if module.available():
         pytest.skip(module.available())
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "cache"))
-    program, x = PROGRAMS["dense cuba"]()
+    program, x = PROGRAMS[name]()
     (tmp_path / "run").mkdir()
     save(program, tmp_path / "run" / "frozen.pt2")
     done = CliRunner().invoke(app, ["step", str(tmp_path / "run"), "--out", str(tmp_path / "step"), "-t", target])

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from edgekit import Data
 from edgekit.compress.binary.baked import baked
-from edgekit.compress.binary.bipft import BinaryEncoder, EncoderTraining, train_encoder
+from edgekit.compress.binary.bipft import BinaryEncoder
 from edgekit.compress.binary.cost import Cost, encoder_cost
 from edgekit.compress.binary.encoder import Encoder, EncoderConfig
+from edgekit.compress.binary.encoder_training import EncoderTraining, train_encoder
 from edgekit.compress.ptq.settings import PTQ
 from edgekit.compress.steps import apply
 from edgekit.frozen import FrozenProgram

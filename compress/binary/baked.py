@@ -48,7 +48,7 @@ class _SignedLayer(nn.Module):
         self.norm1, self.norm2 = layer.norm1, layer.norm2
         query: Any = layer.query
         width = query.weight.shape[1] // layer.heads
-        alpha = {n: float(getattr(layer, f"of_{n}").size()) for n in ("query", "key", "value", "chance")}
+        alpha = {n: float(getattr(layer, f"of_{n}").size().detach()) for n in ("query", "key", "value", "chance")}
         self.of_scores, self.of_context = alpha["query"] * alpha["key"] / width**0.5, alpha["chance"] * alpha["value"]
         self.chance, self.size, self.root = float(layer.of_chance.threshold()), alpha["chance"], width**0.5
         if self.rank:

@@ -9,14 +9,13 @@ at first nothing is estimated. The gradient to weights is the identity, to x it 
 unsigned), to alpha it is the mean of the signs' (LSQ's for unsigned), over the root of the number of values.
 
 Layer normalizations, biases, position and type embeddings, and the head stay in float; the pooler is ``tanh(LN(W_b h) + h)``.
-:func:`edgekit.compress.binary.baked.baked` gives the trained encoder as plain operators that freeze to 1-bit ones.
+:mod:`edgekit.compress.binary.encoder_training` trains it; :func:`edgekit.compress.binary.baked.baked` gives the trained encoder
+as plain operators that freeze to 1-bit ones.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,9 +23,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgekit.compress.binary.encoder import Encoder, Layer
-from edgekit.compress.ptq.qat import epoch_of
-from edgekit.data import Source
-from edgekit.errors import DataError, ModelError
 
 __all__ = [
     "BinaryEmbedding",
@@ -35,9 +31,7 @@ __all__ = [
     "BinaryLinear",
     "BinaryPooler",
     "Elastic",
-    "EncoderTraining",
     "binary_weight",
-    "train_encoder",
 ]
 
 _LEAST = 1e-5
@@ -233,81 +227,3 @@ class BinaryEncoder(Encoder):
     def pooled(self, y: Tensor) -> Tensor:
         """(B, width)."""
         return y.mean(1) if self.pooler is None else self.pooler(y[:, 0])
-
-
-@dataclass(frozen=True)
-class EncoderTraining:
-    """How a binary encoder learns.
-
-    Attributes:
-        epochs, learning_rate, batch_size: AdamW with linear decay.
-        hidden: weight of the mean over layers of the squared distance of hidden values to the teacher's.
-        logits: weight of the cross entropy with the teacher's class probabilities.
-        labels: weight of the cross entropy with the labels.
-        seed: of the order of samples.
-    """
-
-    epochs: int = 10
-    learning_rate: float = 5e-4
-    batch_size: int = 32
-    hidden: float = 1.0
-    logits: float = 1.0
-    labels: float = 1.0
-    seed: int = 0
-
-
-def train_encoder(
-    student: Encoder,
-    source: Source,
-    how: EncoderTraining,
-    teacher: Encoder | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[float]:
-    """Train in place on (x, y) batches; the mean loss of each epoch. A float encoder learns in the same way, without a teacher.
-
-    Raises:
-        ModelError: the student has no head.
-        DataError: a loss that is not finite.
-    """
-    if student.head is None:
-        raise ModelError("encoder: training needs a head; give the configuration a number of classes")
-    optimizer = torch.optim.AdamW(student.parameters(), how.learning_rate, weight_decay=0.01)
-    steps = how.epochs * sum(1 for _ in epoch_of(source, how.batch_size, torch.Generator()))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / max(steps, 1)))
-    order = torch.Generator().manual_seed(how.seed)
-    losses: list[float] = []
-    done = 0
-    student.train()
-    for _ in range(how.epochs):
-        total, count = 0.0, 0
-        for batch in epoch_of(source, how.batch_size, order):
-            loss = _loss(student, teacher, batch, how)
-            if not torch.isfinite(loss):
-                raise DataError(f"encoder: the loss was {float(loss)} in step {done}; lower learning_rate")
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            total, count, done = total + float(loss.detach()), count + 1, done + 1
-            if progress:
-                progress(done, steps)
-        losses.append(total / max(count, 1))
-    student.eval()
-    return losses
-
-
-def _loss(student: Encoder, teacher: Encoder | None, batch: tuple[Tensor, ...], how: EncoderTraining) -> Tensor:
-    x, y = batch
-    found = student.hidden(x)
-    assert student.head is not None
-    logits = student.head(student.pooled(found[-1]))
-    loss = how.labels * F.cross_entropy(logits, y.long())
-    if teacher is not None:
-        with torch.no_grad():
-            wanted = teacher.hidden(x)
-            assert teacher.head is not None
-            chances = torch.softmax(teacher.head(teacher.pooled(wanted[-1])), 1)
-        loss = loss + how.logits * F.cross_entropy(logits, chances)
-        apart = torch.stack([F.mse_loss(a, b) for a, b in zip(found[1:], wanted[1:], strict=True)])
-        loss = loss + how.hidden * apart.mean()
-    return loss

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,16 +19,15 @@ from edgekit.compress.binary.bipft import (
     BinaryEncoderLayer,
     BinaryLinear,
     Elastic,
-    EncoderTraining,
     binary_weight,
-    train_encoder,
 )
 from edgekit.compress.binary.cost import encoder_cost
 from edgekit.compress.binary.encoder import Encoder, EncoderConfig, from_hugging_face
+from edgekit.compress.binary.encoder_training import EncoderTraining, train_encoder
 from edgekit.compress.ptq.settings import PTQ
 from edgekit.compress.steps import apply
 from edgekit.data import Data
-from edgekit.errors import ModelError
+from edgekit.errors import InputError, ModelError
 from edgekit.recipe import Block
 
 SMALL = EncoderConfig(layers=2, width=24, heads=3, hidden=40, positions=12, features=10, classes=4, pool="mean")
@@ -268,3 +271,43 @@ def test_bert_base_at_128_tokens() -> None:
     assert real.memory / one.memory == pytest.approx(26.8, abs=0.1) and real.memory / half.memory == pytest.approx(29.2, abs=0.1)
     assert real.products / one.products == pytest.approx(61, abs=0.5)
     assert round(round(real.operations / 1e9, 1) / round(one.products / 1e9, 1)) == 56  # as the table rounds: 22.4 / 0.4
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = [str(Path(sys.argv[1]).parents[1]), str(Path(sys.argv[1]).parent)]
+from test_binary_encoder import resumable
+resumable(Path(sys.argv[2]), lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done == 5 else None)
+"""
+
+
+def resumable(folder: Path | None, progress: Any = None) -> tuple[BinaryEncoder, list[float]]:
+    """Six steps in three epochs, with a teacher."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    made = BinaryEncoder(teacher := Encoder(SMALL), rank=1)
+    how = EncoderTraining(epochs=3, batch_size=24, learning_rate=2e-3)
+    return made, train_encoder(made, frames(), how, teacher, progress, folder)
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_and_ends_with_the_same_weights(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    whole, losses = resumable(None)
+    ended = subprocess.run([sys.executable, "-c", _KILLED, __file__, str(tmp_path)], capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    kept = (tmp_path / "encoder.safetensors").read_bytes()
+    steps: list[int] = []
+    made, again = resumable(tmp_path, lambda done, total: steps.append(done))
+    assert steps == [5, 6] and again == losses
+    for (name, a), b in zip(whole.state_dict().items(), made.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    finished, same = resumable(tmp_path, lambda done, total: steps.append(done))
+    assert steps == [5, 6] and same == losses and torch.equal(finished(frames()[0]), whole(frames()[0]))
+    torch.set_num_threads(threads)
+    with pytest.raises(InputError, match="not a checkpoint of this training"):
+        train_encoder(student(), frames(), EncoderTraining(epochs=4), folder=tmp_path)
+    (tmp_path / "encoder.safetensors").write_bytes(kept[:1000])
+    with pytest.raises(InputError, match=r"encoder.safetensors: damaged"):
+        resumable(tmp_path)

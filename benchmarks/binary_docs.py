@@ -13,7 +13,8 @@ _HEAD = """
 Instructions of one layer on emulated boards, beside our fastest int8 kernel of the same layer on the same core; signs are
 random, so that neither of the two is rare, which is the slowest case. Packed outputs feed another 1-bit layer; int8 ones are
 requantized as the int8 layer's. "vectors" counts 32 outputs at once (128 with Helium), "planes" 32 positions, "rows" one
-output after the other; an exported project takes "rows" where there are fewer than 24 positions. Below 1 the int8 layer is
+output after the other; an exported project takes "rows" where there are fewer than 24 positions; "matmul" is a product of two
+activations, one head of attention, beside our int8 linear layer with as many inputs and outputs. Below 1 the int8 layer is
 quicker: so it is on Helium for most convolutions, and for linear layers with int8 outputs.
 """
 

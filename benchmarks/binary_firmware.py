@@ -3,7 +3,8 @@
     python benchmarks/binary_firmware.py [board ...]
 
 Every output is compared with numpy first; counts repeat exactly. Rows of ``results/binary_firmware.json``: layer, board,
-core, kernel ("vectors", "planes", "rows"), kernel_set, output ("packed", "int8"), instructions, int8 (instructions), times.
+core, kernel ("vectors", "planes", "rows", "matmul"), kernel_set, output ("packed", "int8"), instructions, int8 (instructions),
+times.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ def main(boards: Sequence[str]) -> None:
     for board in boards:
         for layer in binary_kernels.LAYERS:
             for row in binary_kernels.rows(layer, board):
+                rows.append(row)
+                binary_kernels.show(row)
+        for product in binary_kernels.PRODUCTS:
+            for row in binary_kernels.product_rows(product, board):
                 rows.append(row)
                 binary_kernels.show(row)
     subjects.write("binary_firmware", rows, whole=WHOLE)

@@ -21,6 +21,7 @@ from edgekit.firmware_sim.boards import BOARDS, CORES
 from edgekit.firmware_sim.count import count
 from edgekit.firmware_sim.kernels import (
     KERNEL_SETS,
+    binary_matmul_scratch,
     binary_planes_scratch,
     binary_rows_scratch,
     binary_vectors_scratch,
@@ -107,16 +108,75 @@ int ek_main(void) {{
     return body, packed.tobytes(), expected
 
 
+@dataclass(frozen=True)
+class Product:
+    """``rows`` vectors of k signs with as many others: one head of attention, Q K' (unsigned: A V)."""
+
+    name: str
+    rows: int
+    k: int
+    unsigned: bool = False
+
+
+PRODUCTS = (Product("Q K' 64 tokens, 64 a head", 64, 64), Product("Q K' 32 tokens, 32 a head", 32, 32),
+            Product("A V 64 tokens, 64 a head", 64, 64, True))  # fmt: skip
+
+
+def product_program(product: Product, kernel_set: str) -> tuple[str, bytes, np.ndarray]:
+    """C source of one product, its operands and the expected output."""
+    rng, n, k = np.random.default_rng(0), product.rows, product.k
+    a, b = rng.random((n, k)) < (0.25 if product.unsigned else 0.5), rng.random((n, k)) < 0.5
+    left = a.astype(np.int64) if product.unsigned else 2 * a.astype(np.int64) - 1
+    results = np.clip(np.rint(np.arange(-k, k + 1) * 1.7), -128, 127).astype(np.int8)
+    planes = layout.product_planes(k, product.unsigned)
+    table = layout.product_table(results, product.unsigned)
+    packed = np.stack([layout.packed_words(a), layout.packed_words(b)])
+    body = f"""#include "edgekit.h"
+{cortex_m_kernels.constant("t", "int8_t", table)}
+static const ek_binary_matmul p = {{t, 1, {n}, {n}, {k}, {planes}, {int(product.unsigned)}}};
+static uint8_t x[{packed.nbytes}] EK_ARENA, scratch[{binary_matmul_scratch(kernel_set, n, k, planes)}] EK_ARENA;
+static int8_t y[{n * n}] EK_ARENA;
+__attribute__((noinline)) void layer(void) {{ ek_binary_matmul_s8(&p, x, x + {packed.nbytes // 2}, y, scratch); }}
+int ek_main(void) {{
+    ek_input(x, sizeof x);
+    layer();
+    ek_output(y, sizeof y);
+    return 0;
+}}
+"""
+    return body, packed.tobytes(), results[left @ (2 * b.astype(np.int64) - 1).T + k]
+
+
+def product_rows(product: Product, board: str) -> Iterator[dict[str, object]]:
+    """A row for each kernel set, beside our int8 linear layer with as many rows, which multiplies as often."""
+    core = BOARDS[board].core
+    own = CORES[core].kernel_set
+    int8 = cortex_m_kernels.Layer(product.name, 0, product.k, product.rows, rows=product.rows)
+    baseline = cortex_m_kernels.measure(int8, board, own)["instructions"]
+    assert isinstance(baseline, int)
+    for kernel_set in dict.fromkeys((own, "portable")):
+        instructions = counted(product.name, product_program(product, kernel_set), board, kernel_set)
+        yield {
+            "layer": product.name, "board": board, "core": core, "kernel": "matmul", "kernel_set": kernel_set, "output": "int8",
+            "instructions": instructions, "int8": baseline, "times": round(baseline / instructions, 2), "times_bound": None,
+        }  # fmt: skip
+
+
 def measure(layer: Layer, board: str, kernel_set: str, output: str, kind: str) -> int:
     """Instructions of the layer, whose output equals numpy's."""
-    body, data, expected = program(layer, kernel_set, output, kind)
+    return counted(f"{layer.name} ({kind}, {output})", program(layer, kernel_set, output, kind), board, kernel_set)
+
+
+def counted(name_of_it: str, made: tuple[str, bytes, np.ndarray], board: str, kernel_set: str) -> int:
+    """Instructions of the function ``layer`` of a program, whose output equals numpy's."""
+    body, data, expected = made
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "app.c"
         source.write_text(body)
         defines = (f"-DEK_SET={KERNEL_SETS.index(kernel_set)}",)
         counts = count(build(Project(BOARDS[board], (source,), defines=defines), Path(name)), data, ["layer"])
     if counts.result.output != expected.tobytes():
-        raise SystemExit(f"{layer.name} on {board} ({kernel_set}, {kind}, {output}) differs from numpy")
+        raise SystemExit(f"{name_of_it} on {board} ({kernel_set}) differs from numpy")
     return counts.marks["layer"]
 
 
@@ -142,7 +202,7 @@ def show(row: dict[str, object]) -> None:
     """A line of the table."""
     least = f"  at least {row['times_bound']}" if row["times_bound"] else ""
     print(
-        f"{row['layer']:24} {row['board']:12} {row['kernel']:7} {row['kernel_set']:9} {row['output']:7} "
+        f"{row['layer']:27} {row['board']:12} {row['kernel']:7} {row['kernel_set']:9} {row['output']:7} "
         f"{row['instructions']:>11,}  int8 {row['int8']:>11,}  {row['times']:6.2f}x{least}",
         flush=True,
     )
@@ -152,6 +212,10 @@ def main(boards: Sequence[str]) -> None:
     for layer in LAYERS:
         for board in boards:
             for row in rows(layer, board):
+                show(row)
+    for product in PRODUCTS:
+        for board in boards:
+            for row in product_rows(product, board):
                 show(row)
 
 

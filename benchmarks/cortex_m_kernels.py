@@ -39,7 +39,7 @@ IN_ZP, OUT_ZP = -7, 3
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution of ``size`` x ``size`` (padding keeps the size), or a fully connected layer of size 0."""
+    """A convolution of ``size`` x ``size`` (padding keeps the size), or of size 0 a fully connected layer of ``rows`` inputs."""
 
     name: str
     size: int
@@ -48,6 +48,7 @@ class Layer:
     kernel: int = 1
     depthwise: bool = False
     bits: int = 8
+    rows: int = 1
 
 
 LAYERS = (
@@ -77,10 +78,10 @@ def program(layer: Layer, kernel_set: str) -> tuple[str, bytes, np.ndarray, int]
     weight = rng.integers(low + 1, -low, (layer.out_c, k, k, per))
     bias, multiplier = rng.integers(-5000, 5000, layer.out_c), rng.integers(1 << 30, 1 << 31, layer.out_c)
     shift = np.full(layer.out_c, -round(float(np.log2(k * k * per) / 2 + layer.bits)))
-    side = max(layer.size, 1)
-    x = rng.integers(-128, 128, (side, side, layer.in_c)).astype(np.int8)
+    side, high = max(layer.size, 1), layer.size or layer.rows
+    x = rng.integers(-128, 128, (high, side, layer.in_c)).astype(np.int8)
     groups, pad = (layer.in_c if layer.depthwise else 1), k // 2
-    acc = reference.conv2d(x, weight, bias, (1, 1), (1, 1), (pad, pad), (side, side), groups, IN_ZP)
+    acc = reference.conv2d(x, weight, bias, (1, 1), (1, 1), (pad, pad), (high, side), groups, IN_ZP)
     expected = reference.finish(acc, multiplier, shift, OUT_ZP, -128, 127)
     folded = bias - IN_ZP * weight.reshape(layer.out_c, -1).sum(1)
     stored = weight[..., 0].transpose(1, 2, 0).reshape(-1, layer.in_c) if layer.depthwise else weight.reshape(layer.out_c, -1)
@@ -88,7 +89,8 @@ def program(layer: Layer, kernel_set: str) -> tuple[str, bytes, np.ndarray, int]
               constant("m", "int32_t", multiplier), constant("s", "int8_t", shift)]  # fmt: skip
     if layer.size == 0:
         scratch = linear_scratch(kernel_set, layer.in_c, layer.bits)
-        struct = f"static const ek_linear p = {{w, b, m, s, 1, {layer.in_c}, {layer.out_c}, {layer.bits}, {OUT_ZP}, -128, 127}};"
+        sizes_of = f"{layer.rows}, {layer.in_c}, {layer.out_c}, {layer.bits}"
+        struct = f"static const ek_linear p = {{w, b, m, s, {sizes_of}, {OUT_ZP}, -128, 127}};"
         call = "ek_linear_s8"
     else:
         scratch = conv2d_scratch(kernel_set, layer.in_c, groups, (k, k), layer.bits, k == 1)

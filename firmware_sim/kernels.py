@@ -15,6 +15,7 @@ __all__ = [
     "SEMIHOST",
     "SOURCES",
     "binary_band",
+    "binary_matmul_scratch",
     "binary_planes_scratch",
     "binary_rows_scratch",
     "binary_vectors_scratch",
@@ -34,6 +35,7 @@ HEADERS = ("edgekit.h", "internal.h", "bits.h")
 SOURCES = (
     "startup.c",
     "binarize.c",
+    "binary_matmul.c",
     "binary_planes.c",
     "binary_rows.c",
     "binary_vectors.c",
@@ -96,6 +98,14 @@ def binary_vectors_scratch(kernel_set: str, in_c: int, out_c: int) -> int:
     """Bytes of scratch that ``ek_binary_vectors`` needs."""
     lanes = 4 if kernel_set == "mve" else 1
     return 4 * (_up(_up(out_c, 32) // 32, 4) + (in_c // 16 + 8) * lanes + in_c // 2 + 8)
+
+
+def binary_matmul_scratch(kernel_set: str, n: int, k: int, planes: int) -> int:
+    """Bytes of scratch that ``ek_binary_matmul_s8`` needs."""
+    if kernel_set == "mve":
+        return 4 * (_up(k, 32) // 32) * (n + 1) + 16
+    words = _up(n, 32) // 32
+    return 4 * (words + k // 8 + 4 + k + 8 + k * words + planes * words)
 
 
 BAND_BYTES = 16384

@@ -7,7 +7,12 @@ import numpy as np
 from firmware_cases import Case, Draw, clamps, generator, requantizers, values, zero_points
 from hypothesis import strategies as st
 
-from edgekit.firmware_sim.kernels import binary_planes_scratch, binary_rows_scratch, binary_vectors_scratch
+from edgekit.firmware_sim.kernels import (
+    binary_matmul_scratch,
+    binary_planes_scratch,
+    binary_rows_scratch,
+    binary_vectors_scratch,
+)
 from edgekit.targets.cortex_m import binary_layout as layout
 
 
@@ -86,3 +91,24 @@ def binary(draw: Draw, kind: str, size: int = 5, most: int = 70) -> Case:
         return binary_planes_scratch(kernel_set, in_c, groups, kernel, out, planes)
 
     return Case(f"binary_{kind}", (int(packed), *sizes, planes, out_zp, low, high), arrays, expected, scratch)
+
+
+@st.composite
+def matmul(draw: Draw, most: int = 300) -> Case:
+    """Products of packed matrices; what a sum becomes is any table."""
+    rng = generator(draw)
+    batch, m = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    n = draw(st.sampled_from((1, 3, 7, 8, 20, 31, 32, 33, 64, 100, 127, 128, 130)))
+    k = draw(st.sampled_from([c for c in (1, 5, 16, 31, 32, 33, 64, 100, 126, 127, 130, 255, 256, 300) if c <= most]))
+    unsigned = draw(st.booleans())
+    a, b = signs(draw, rng, (batch, m, k)), signs(draw, rng, (batch, n, k))
+    left, right = a.astype(np.int64), 2 * b.astype(np.int64) - 1
+    acc = (left if unsigned else 2 * left - 1) @ right.transpose(0, 2, 1)
+    result = rng.integers(-128, 128, 2 * k + 1).astype(np.int8)
+    planes = layout.product_planes(k, unsigned)
+    table = layout.product_table(result, unsigned)
+    arrays = (layout.packed_words(a), layout.packed_words(b), table)
+    integers = (batch, m, n, k, planes, int(unsigned))
+    return Case(
+        "binary_matmul", integers, arrays, result[acc + k], lambda kernel_set: binary_matmul_scratch(kernel_set, n, k, planes)
+    )

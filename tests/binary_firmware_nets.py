@@ -6,8 +6,12 @@ import torch
 from nets import conv, linear
 from torch import Tensor, nn
 
+from edgekit.compress.ptq.settings import PTQ
+from edgekit.compress.steps import apply
+from edgekit.data import Data
 from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module
 from edgekit.frozen.binary_ops import pack_signs
+from edgekit.recipe import Block
 
 Q = tuple[float, int]
 
@@ -103,3 +107,33 @@ def binary_net(seed: int = 0) -> FrozenProgram:
     """BinaryNet as a frozen program, input (1, 3, 8, 8)."""
     torch.manual_seed(seed)
     return freeze_module(BinaryNet(), (torch.zeros(1, 3, 8, 8),), name="binary")
+
+
+class HardAttention(nn.Module):
+    """Attention without a float operator: (N, 12, 20) to (N, 4).
+
+    Two heads of 24; queries, keys and values of 1-bit weights; a score is a sum of signs, kept (1) or not (0) by its size.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(20, 48), nn.Linear(12 * 48, 4)
+        self.query, self.key, self.value = (nn.Linear(48, 48) for _ in range(3))
+        for layer in (self.query, self.key, self.value):
+            layer.weight.data = torch.where(layer.weight >= 0, 0.1, -0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.where(self.embed(x) >= 0.0, 1.0, -1.0)
+        parts = (layer(x).view(-1, 12, 2, 24).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        q, k, v = (torch.where(part >= 0.0, 1.0, -1.0) for part in parts)
+        scores = torch.matmul(q, k.transpose(-1, -2)) * 0.2
+        context = torch.matmul(torch.where(scores >= 0.4, 1.0, 0.0), v) * 0.25
+        result: Tensor = self.head(context.transpose(1, 2).flatten(1))
+        return result
+
+
+def attention_net() -> tuple[FrozenProgram, Tensor]:
+    """HardAttention, quantized after training, and 40 samples."""
+    torch.manual_seed(0)
+    model, x = HardAttention().eval(), torch.randn(40, 12, 20)
+    return apply(model, [Block("ptq", PTQ())], Data(calibration=x, evaluation=(x, None))).program, x

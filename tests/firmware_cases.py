@@ -21,6 +21,7 @@ from edgekit.firmware_sim.toolchain import Firmware, Project, build
 OPERATIONS = (
     "conv2d", "depthwise", "linear", "add", "mul", "requant", "clamp", "lut", "softmax", "average", "maximum", "mean", "concat",
     "pad", "gather", "quantize", "dequantize", "crc", "scale", "binarize", "binary_vectors", "binary_planes", "binary_rows",
+    "binary_matmul",
 )  # fmt: skip
 SOURCE = Path(__file__).parent / "firmware_sim" / "kernels.c"
 Draw = Callable[[st.SearchStrategy[Any]], Any]

@@ -165,16 +165,15 @@ void ek_transpose(uint32_t *w) {
     for (uint32_t *p = w, *end = w + 32; p < end; p += 8) transpose_bytes(p);
 }
 
-/* Byte b of word i: the lowest eight bits of the number of lane 8 * b + i. */
-static void bytes_of(const uint32_t *planes, uint32_t n, uint32_t *w) {
+void ek_bytes(const uint32_t *planes, uint32_t n, uint32_t *w) {
     for (uint32_t i = 0; i < 8; i++) w[i] = i < n ? planes[i * EK_LANES] : 0;
     transpose_bytes(w);
 }
 
 void ek_numbers(const uint32_t *planes, uint32_t n, uint16_t *numbers) {
     uint32_t low[8], high[8];
-    bytes_of(planes, n, low);
-    bytes_of(planes + 8 * EK_LANES, n - 8 < 16 ? n - 8 : 0, high);
+    ek_bytes(planes, n, low);
+    ek_bytes(planes + 8 * EK_LANES, n - 8 < 16 ? n - 8 : 0, high);
     for (uint32_t i = 0; i < 8; i++, numbers++) {
         const uint32_t l = low[i], h = high[i];
         numbers[0] = (uint16_t)((l & 0xffu) | (h & 0xffu) << 8);

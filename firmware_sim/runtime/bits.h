@@ -62,6 +62,8 @@ void ek_count(uint32_t *list, const uint32_t *end, uint32_t at, uint32_t *planes
 
 /* A matrix of 32 x 32 bits: bit j of word i changes places with bit i of word j. */
 void ek_transpose(uint32_t *words);
+/* Byte b of word i: the lowest eight bits of the number of lane 8 * b + i, from n planes, EK_LANES apart. */
+void ek_bytes(const uint32_t *planes, uint32_t n, uint32_t *words);
 /* The numbers below 2^16 of 32 lanes from n planes, EK_LANES apart. */
 void ek_numbers(const uint32_t *planes, uint32_t n, uint16_t *numbers);
 

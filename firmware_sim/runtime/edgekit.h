@@ -120,6 +120,16 @@ void ek_binary_vectors(const ek_binary *p, const void *x, void *y, void *scratch
 void ek_binary_planes(const ek_binary *p, const void *x, void *y, void *scratch);  /* 32 positions at once; kernels below 256 x 256 */
 void ek_binary_rows(const ek_binary *p, const void *x, void *y, void *scratch);    /* one output after the other */
 
+/* `batch` times a, m rows of k signs, with the transpose of b, n rows of k. The results are looked up: `table` has them for the sums -k, -k + 2, ... k,
+ * and with a_unsigned, where a bit of a is 1 or 0, behind them for -k + 1, -k + 3, ... k - 1. k < 2^14;
+ * planes: of k as ek_binary's, with a_unsigned those of k / 2. */
+typedef struct {
+    const int8_t *table;
+    uint16_t batch, m, n, k;
+    uint8_t planes, a_unsigned;
+} ek_binary_matmul;
+void ek_binary_matmul_s8(const ek_binary_matmul *p, const void *a, const void *b, int8_t *y, void *scratch);
+
 typedef struct {
     const int16_t *threshold; /* n of them, or one */
     uint32_t positions;

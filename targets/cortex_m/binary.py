@@ -1,7 +1,8 @@
 """Steps of 1-bit layers: which kernel they take, their C calls, constants and scratch, and their numpy forms.
 
 A step's arrays are the program's: ``weight`` with a 1 for +1, (O, kh, kw, C / groups); ``threshold``, or ``bias``, ``multiplier``
-and ``shift``. :mod:`~edgekit.targets.cortex_m.binary_layout` lays them out for the kernel.
+and ``shift``; of a product of two activations ``results``, int8 for the sums -K to K.
+:mod:`~edgekit.targets.cortex_m.binary_layout` lays them out for the kernel.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from edgekit.targets.cortex_m.calls import Call, Constant, Kernel, Struct, endin
 from edgekit.targets.cortex_m.fixedpoint import multiply
 from edgekit.targets.cortex_m.graph import Step
 
-__all__ = ["KERNELS", "REFERENCES", "kind_of", "stored_signs"]
+__all__ = ["KERNELS", "LONGEST", "REFERENCES", "kind_of", "stored_signs"]
 
 LONGEST = 1 << 14
 """Inputs of an output that the counting kernels take, less one: their counts have 16 bit planes."""
@@ -118,12 +119,28 @@ def _binarize(step: Step) -> list[Call]:
     return [Call("ek_binarize_s8", ("$p", "$x0", "$y"), Struct("ek_binarize", members({**fields, **sized})))]
 
 
+def _matmul(step: Step) -> list[Call]:
+    v = step.values
+    fields = {"table": ("*", "table"), **sizes16(batch=v["batch"], m=v["m"], n=v["n"], k=v["k"])}
+    fields |= {"planes": ("uint8_t", v["planes"]), "a_unsigned": ("uint8_t", int(v["unsigned"]))}
+    return [Call("ek_binary_matmul_s8", ("$p", "$x0", "$x1", "$y", "$s"), Struct("ek_binary_matmul", members(fields)))]
+
+
+def _product_table(step: Step) -> list[Constant]:
+    return [Constant("table", layout.product_table(step.arrays["results"], step.values["unsigned"]), "int8_t")]
+
+
+def _matmul_scratch(step: Step, kernel_set: str) -> int:
+    return sim.binary_matmul_scratch(kernel_set, step.values["n"], step.values["k"], step.values["planes"])
+
+
 _LAYER = Kernel(_layer, _constants, scratch=_scratch)
 KERNELS: dict[str, Kernel] = {
     "binarize": Kernel(_binarize, lambda step: [Constant("threshold", step.arrays["threshold"], "int16_t")]),
     "binary_vectors": _LAYER,
     "binary_planes": _LAYER,
     "binary_rows": _LAYER,
+    "binary_matmul": Kernel(_matmul, _product_table, scratch=_matmul_scratch),
 }
 """Rows of the table of kernels."""
 
@@ -166,10 +183,22 @@ def _computed(step: Step, inputs: Sequence[NDArray[np.int8]]) -> NDArray[np.int8
     return result
 
 
+def _product(step: Step, inputs: Sequence[NDArray[np.int8]]) -> NDArray[np.int8]:
+    v = step.values
+    a, b = (
+        layout.unpacked_bytes(x.view(np.uint8).reshape(v["batch"], rows, -1), v["k"]).astype(np.int64)
+        for x, rows in zip(inputs, (v["m"], v["n"]), strict=True)
+    )
+    acc = (a if v["unsigned"] else 2 * a - 1) @ (2 * b - 1).transpose(0, 2, 1)
+    found: NDArray[np.int8] = step.arrays["results"][acc + v["k"]]
+    return found
+
+
 REFERENCES: dict[str, Callable[[Step, Sequence[NDArray[np.int8]]], NDArray[np.int8]]] = {
     "binarize": _binarized,
     "binary_vectors": _computed,
     "binary_planes": _computed,
     "binary_rows": _computed,
+    "binary_matmul": _product,
 }
 """Rows of the table of numpy forms."""

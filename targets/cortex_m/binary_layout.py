@@ -14,6 +14,8 @@ __all__ = [
     "from_transposed",
     "n_planes",
     "packed_words",
+    "product_planes",
+    "product_table",
     "rows",
     "threshold_planes",
     "transposed",
@@ -72,6 +74,16 @@ def n_planes(k: int) -> int:
     """Bit planes that a count over k inputs takes in the kernels."""
     bits = (2 * k + 2).bit_length()
     return max(8, bits + bits % 2)
+
+
+def product_planes(k: int, unsigned: bool) -> int:
+    """Bit planes of ``ek_binary_matmul_s8``: counts of twice k, or of k."""
+    return n_planes(k // 2 if unsigned else k)
+
+
+def product_table(results: NDArray[np.int8], unsigned: bool) -> NDArray[np.int8]:
+    """Results of the sums -k to k in the kernel's order: every second one first, with ``unsigned`` the others behind."""
+    return np.concatenate([results[::2], results[1::2]]) if unsigned else np.ascontiguousarray(results[::2])
 
 
 def threshold_planes(threshold: NDArray[np.int64], sums: NDArray[np.int64], k: int) -> Words:

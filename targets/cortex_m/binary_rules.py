@@ -7,12 +7,13 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from edgekit.frozen import Layer
-from edgekit.frozen.ops import activation_bounds
+from edgekit.frozen.ops import activation_bounds, requantize
 from edgekit.targets.cortex_m import binary_layout
-from edgekit.targets.cortex_m.binary import kind_of
+from edgekit.targets.cortex_m.binary import LONGEST, kind_of
 from edgekit.targets.cortex_m.fixedpoint import quantize_multiplier
 from edgekit.targets.cortex_m.lowering import Builder, constants
 
@@ -35,11 +36,15 @@ def _binarize(build: Builder, layer: Layer) -> None:
     rank = len(layer.shape)
     dim = int(layer.args["dim"]) % rank
     image = rank == 4 and dim == 1
-    if not image and dim != rank - 1:
-        raise build.refuse(layer, f"packs dimension {dim}", "pack the channels of an image or the last dimension")
     found = build.read(source, last=image)
     shape = build.tensors[found].shape
     channels = shape[dim]
+    if not image and dim != rank - 1:  # what is packed comes last: attention's values, along the tokens
+        order = [i for i in range(rank) if i != dim] + [dim]
+        tensor = build.tensors[found]
+        turned = build.tensor(f"{layer.name}.turned", [shape[i] for i in order], False, (tensor.scale, tensor.zero_point))
+        build.transpose(layer, found, turned, order)
+        found = turned
     threshold: NDArray[Any] = np.clip(layer.args["threshold"].numpy().astype(np.int64).reshape(-1), -129, 128).astype(np.int16)
     values = {"positions": prod(shape) // channels, "channels": channels}
     build.step(layer, "binarize", [found], _packed(build, layer, channels), values=values, arrays={"threshold": threshold})
@@ -97,11 +102,36 @@ def _linear(build: Builder, layer: Layer) -> None:
     _step(build, layer, source, weight, sizes, last=False)
 
 
+def _matmul(build: Builder, layer: Layer) -> None:
+    assert layer.out_scale is not None and layer.out_zero_point is not None
+    a, b = (build.read(name, last=False) for name in layer.inputs)
+    k, unsigned = int(layer.args["features"]), bool(layer.args["a_unsigned"])
+    if k >= LONGEST:
+        raise build.refuse(layer, f"sums {k} products", f"keep them below {LONGEST}")
+    *leading, m, _ = build.tensors[a].shape
+    factor = torch.tensor(layer.args["scale"], dtype=torch.float32) / torch.tensor(layer.out_scale, dtype=torch.float32)
+    bounds = activation_bounds("none", layer.out_scale, layer.out_zero_point)
+    results = requantize(torch.arange(-k, k + 1, dtype=torch.float64), factor, layer.out_zero_point, bounds, 8).numpy()
+    values = {"batch": prod(leading), "m": m, "n": build.tensors[b].shape[-2], "k": k, "unsigned": unsigned}
+    values["planes"] = binary_layout.product_planes(k, unsigned)
+    build.step(
+        layer,
+        "binary_matmul",
+        [a, b],
+        build.output(layer, last=False),
+        values=values,
+        arrays={"results": results},
+        macs=layer.macs,
+        bits=1,
+    )
+
+
 RULES: dict[str, Callable[[Builder, Layer], None]] = {
     "binarize": _binarize,
     "binary_conv2d": _conv2d,
     "binary_qconv2d": _conv2d,
     "binary_linear": _linear,
     "binary_qlinear": _linear,
+    "binary_qmatmul": _matmul,
 }
 """Operator to its rule."""

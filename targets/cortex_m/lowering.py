@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ def _in_float(program: FrozenProgram) -> list[Unquantized]:
     taken, softmaxes = {layer.node for layer in program.layers}, softmax.found(program)
     found: dict[str, Unquantized] = {}
     for node in program.module.graph.nodes:
-        if node.op != "call_function" or node.name in taken or node.name in softmaxes:
+        if node.op != "call_function" or node.target is getitem or node.name in taken or node.name in softmaxes:
             continue
         if not isinstance(node.meta.get("val"), TorchTensor):
             continue

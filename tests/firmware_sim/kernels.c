@@ -5,7 +5,7 @@
 #include "edgekit.h"
 
 enum { CONV2D, DEPTHWISE, LINEAR, ADD, MUL, REQUANT, CLAMP, LUT, SOFTMAX, AVERAGE, MAXIMUM, MEAN, CONCAT, PAD, GATHER, QUANTIZE,
-       DEQUANTIZE, CRC, SCALE, BINARIZE, BINARY_VECTORS, BINARY_PLANES, BINARY_ROWS };
+       DEQUANTIZE, CRC, SCALE, BINARIZE, BINARY_VECTORS, BINARY_PLANES, BINARY_ROWS, BINARY_MATMUL };
 enum { OVERRUN = 0x10, UNKNOWN = 0x11, TOO_LARGE = 0x12 };
 
 static uint8_t memory[MEMORY] EK_ARENA;
@@ -79,6 +79,11 @@ static void dispatch(uint32_t op, const int8_t *x, int8_t *y, void *scratch) {
     case BINARY_VECTORS: { const ek_binary p = binary(); ek_binary_vectors(&p, x, y, scratch); break; }
     case BINARY_PLANES: { const ek_binary p = binary(); ek_binary_planes(&p, x, y, scratch); break; }
     case BINARY_ROWS: { const ek_binary p = binary(); ek_binary_rows(&p, x, y, scratch); break; }
+    case BINARY_MATMUL: {
+        const ek_binary_matmul p = {a[2], v[0], v[1], v[2], v[3], v[4], v[5]};
+        ek_binary_matmul_s8(&p, x, a[1], y, scratch);
+        break;
+    }
     case QUANTIZE: ek_quantize_f32((const float *)(const void *)x, y, v[0], *(float *)a[1], v[1]); break;
     case DEQUANTIZE: ek_dequantize_f32(x, (float *)(void *)y, v[0], *(float *)a[1], v[1]); break;
     case CRC: *(uint32_t *)(void *)y = ek_crc32(x, v[0]); break;

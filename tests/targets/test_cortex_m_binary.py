@@ -9,15 +9,22 @@ import firmware_cases as cases
 import numpy as np
 import pytest
 import torch
-from binary_firmware_nets import binarize, binary_conv, binary_net
+from binary_firmware_nets import attention_net, binarize, binary_conv, binary_net
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from edgekit.compress.binary.baked import baked
+from edgekit.compress.binary.bipft import BinaryEncoder
+from edgekit.compress.binary.encoder import Encoder, EncoderConfig
+from edgekit.compress.ptq.settings import PTQ
+from edgekit.compress.steps import apply
+from edgekit.data import Data
 from edgekit.errors import UnsupportedError
 from edgekit.firmware_sim import kernels
 from edgekit.firmware_sim.boards import BOARDS
 from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module
+from edgekit.recipe import Block
 from edgekit.targets import cortex_m, get
 from edgekit.targets.cortex_m import binary_layout, elf, host
 from edgekit.targets.cortex_m.binary import stored_signs
@@ -51,7 +58,8 @@ def test_kernels_equal_sums_of_signs(board: str, kernel_set: int | None, tmp_pat
     memory = min(BOARDS[board].ram_bytes // 4 * 3 - 2048, 300_000)
     built = cases.firmware(board, tmp_path, memory, kernel_set, f"-DEK_BAND_BYTES={BAND}")
     sizes = {"size": 2, "most": 12} if small else {}
-    strategy = st.one_of(binary_cases.binarize(), *(binary_cases.binary(k, **sizes) for k in ("vectors", "planes", "rows")))
+    kinds = [binary_cases.binary(k, **sizes) for k in ("vectors", "planes", "rows")]
+    strategy = st.one_of(binary_cases.binarize(), *kinds, binary_cases.matmul(64 if small else 300))
 
     @settings(max_examples=2, phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck), deadline=None)
     @given(st.lists(strategy, min_size=50, max_size=50))
@@ -107,6 +115,26 @@ def test_a_network_runs_on_every_core_as_its_reference_says(core: str, tmp_path:
 
 
 @needs_tools
+@pytest.mark.parametrize("core", ["cortex-m4", "cortex-m55"])
+def test_attention_of_signs_runs_and_its_products_are_the_programs(core: str, tmp_path: Path) -> None:
+    program, x = attention_net()
+    target, samples = get(core), x.numpy()
+    kinds = [layer.op for layer in program.layers]
+    assert kinds.count("binary_qmatmul") == 2 and {layer.args.get("dim") for layer in program.layers} >= {-1, -2}
+    path = target.lower(program, tmp_path / f"model{target.SUFFIX}").path
+    (outputs,) = target.run(path, [samples[:2]])
+    for i in range(2):
+        layers, (expected,) = simulate(prepare(program, CORES[core]), [samples[i : i + 1]])
+        assert np.array_equal(outputs[i : i + 1], expected)
+    taps = target.taps(path, program, [samples[1:2]])
+    assert [name for name in layers if not np.array_equal(layers[name], taps[name])] == []
+    forced = program.forced({k: torch.from_numpy(v) for k, v in taps.items()}, x[1:2])
+    for layer in program.layers:
+        if layer.op == "binary_qmatmul" or layer.packed:  # the frozen program's own rounding: results are looked up
+            assert np.array_equal(forced[layer.name].numpy(), taps[layer.name]), layer.name
+
+
+@needs_tools
 def test_flash_holds_one_bit_a_weight_and_altered_ones_are_named(tmp_path: Path) -> None:
     program, target = binary_net(), get("cortex-m4")
     path = target.lower(program, tmp_path / "model.c").path
@@ -159,6 +187,20 @@ class Real(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dequantize(self.conv(self.signs(x)))
+
+
+def test_an_encoder_is_refused_by_the_names_of_what_stays_in_float() -> None:
+    torch.manual_seed(0)
+    config = EncoderConfig(layers=1, width=24, heads=2, hidden=32, positions=9, features=10, classes=4, pool="mean")
+    made, x = BinaryEncoder(Encoder(config), rank=1), torch.randn(8, 9, 10)
+    made(x)
+    program = apply(baked(made), [Block("ptq", PTQ())], Data(calibration=x)).program
+    assert [layer.op for layer in program.layers].count("binary_qmatmul") == 2
+    with pytest.raises(
+        UnsupportedError, match=r"embeddings.norm .*: layer_norm\).* more stay in float.*use batch normalization"
+    ) as found:
+        prepare(program, "dsp")
+    assert "getitem" not in str(found.value)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""A ``.pte`` cut into programs of one layer each: parts of its XNNPACK graphs, with the file's own constants.
+"""A ``.pte`` cut into programs of one layer each: parts of its XNNPACK graphs and 1-bit layers, with the file's own constants.
 
-Each part is a delegate of its own in a program of one call. What runs outside delegates is in none of them. Scales go through
+A part of a graph is a delegate of its own in a program of one call. A 1-bit layer is its kernel's call, behind a delegate that
+computes nothing, so that the same is to be taken off both. What else runs outside delegates is in none of them. Scales go through
 text and lose digits (:mod:`edgekit.targets.pte_taps`), which times do not feel and results do by a step or two.
 """
 
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from edgekit.frozen import FrozenProgram
+from edgekit.targets.executorch_binary import KERNELS, NAMESPACE
 from edgekit.targets.pte_file import read_pte
 from edgekit.targets.pte_layers import place
-from edgekit.targets.pte_taps import Tap, choose, edit_blob, graph_of
+from edgekit.targets.pte_taps import Tap, choose, edit_blob, graph_of, move
 
 __all__ = ["Part", "parts"]
 
@@ -33,17 +35,35 @@ def parts(path: Path, program: FrozenProgram) -> list[Part]:
     file = read_pte(Path(path))
     pte = deserialize_pte_binary(Path(path).read_bytes())
     plan = pte.program.execution_plan[0]
-    calls = [i.instr_args for c in plan.chains for i in c.instructions if hasattr(i.instr_args, "delegate_index")]
-    taps = choose(file, place(file, program))
-    found: list[Part] = []
-    for number, call in enumerate(calls):
-        index = plan.delegates[call.delegate_index].processed.index
-        tree = graph_of(bytes(pte.program.backend_delegate_data[index].data))
-        if not found:
-            found.append(("", "XNNCopy", *_program(pte, call.delegate_index, _nothing(tree))))
-        inside = {t.tensor & 0xFFFFFFFF: t for t in taps if t.tensor >> 32 == number + 1}
-        found += [(name, kinds, *_program(pte, call.delegate_index, part)) for name, kinds, part in _split(tree, inside)]
+    steps = [i.instr_args for c in plan.chains for i in c.instructions]
+    delegates = [step.delegate_index for step in steps if hasattr(step, "delegate_index")]
+    if not delegates:
+        return []
+    placement = place(file, program)
+    taps = choose(file, placement)
+    empty = _made(pte, delegates[0], _nothing(_tree(pte, delegates[0])))
+    found: list[Part] = [("", "XNNCopy", *_stored(empty))]
+    kernels = {n: (name, p.ops[0].kind) for name, p in placement.items() if p.layer.op in KERNELS and p.found for n in p.values}
+    number = 0
+    for step in steps:
+        if hasattr(step, "delegate_index"):
+            number += 1
+            inside = {t.tensor & 0xFFFFFFFF: t for t in taps if t.tensor >> 32 == number}
+            parts_of = _split(_tree(pte, step.delegate_index), inside)
+            found += [(name, kinds, *_stored(_made(pte, step.delegate_index, part))) for name, kinds, part in parts_of]
+        elif hasattr(step, "op_index") and _is_kernel(plan.operators[step.op_index]) and step.args[-1] in kernels:
+            found.append((*kernels[step.args[-1]], *_stored(_with_kernel(empty, pte, step))))
     return found
+
+
+def _tree(pte: Any, delegate: int) -> dict[str, Any]:
+    """The graph of a delegate."""
+    index = pte.program.execution_plan[0].delegates[delegate].processed.index
+    return graph_of(bytes(pte.program.backend_delegate_data[index].data))
+
+
+def _is_kernel(operator: Any) -> bool:
+    return bool(operator.name.startswith(f"{NAMESPACE}::"))
 
 
 def _split(tree: dict[str, Any], layers: dict[int, Tap]) -> list[tuple[str, str, dict[str, Any]]]:
@@ -95,10 +115,9 @@ def _nothing(tree: dict[str, Any]) -> dict[str, Any]:
     return _subtree({**tree, "xvalues": values}, [node], [0], [1])
 
 
-def _program(pte: Any, delegate: int, tree: dict[str, Any]) -> tuple[bytes, tuple[tuple[tuple[int, ...], str], ...]]:
-    """A file that calls one delegate with this graph, and what it takes."""
-    from executorch.exir._serialize._program import serialize_pte_binary
-    from executorch.exir.schema import Chain, DelegateCall, Instruction
+def _made(pte: Any, delegate: int, tree: dict[str, Any]) -> Any:
+    """A file that calls one delegate with this graph."""
+    from executorch.exir.schema import Buffer, Chain, DelegateCall, Instruction
 
     made = copy.deepcopy(pte)
     plan = made.program.execution_plan[0]
@@ -114,13 +133,52 @@ def _program(pte: Any, delegate: int, tree: dict[str, Any]) -> tuple[bytes, tupl
     blob = made.program.backend_delegate_data[plan.delegates[0].processed.index]
     blob.data = edit_blob(bytes(blob.data), lambda old: old.update(tree))
     made.program.backend_delegate_data, plan.delegates[0].processed.index = [blob], 0
+    made.program.constant_buffer = [Buffer(storage=b"")]
     call = Instruction(DelegateCall(0, every))
     plan.chains = [Chain(inputs=[], outputs=[], instructions=[call], stacktrace=None)]
     keys = {tree["constant_data"][v["constant_buffer_idx"]]["named_key"] for v in values.values() if v["constant_buffer_idx"]}
     keys |= set(_keys(tree, tree["xvalues"]))
     made.named_data = _kept(made.named_data, keys)
+    return made
+
+
+def _with_kernel(empty: Any, pte: Any, step: Any) -> Any:
+    """``empty`` with a kernel's call behind it: its constants, and its activations as further inputs."""
+    from executorch.exir.schema import Instruction, IntList, KernelCall, Tensor
+
+    made, whole = copy.deepcopy(empty), pte.program.execution_plan[0]
+    plan, numbers = made.program.execution_plan[0], dict[int, int]()
+
+    def number(old: int) -> int:
+        if old not in numbers:
+            value = copy.deepcopy(whole.values[old])
+            if isinstance(value.val, IntList):
+                value.val.items = [number(i) for i in value.val.items]
+            elif isinstance(value.val, Tensor) and value.val.data_buffer_idx:
+                made.program.constant_buffer.append(pte.program.constant_buffer[value.val.data_buffer_idx])
+                value.val.data_buffer_idx = len(made.program.constant_buffer) - 1
+            plan.values.append(value)
+            numbers[old] = len(plan.values) - 1
+            if isinstance(value.val, Tensor) and not value.val.data_buffer_idx:
+                move(plan, numbers[old])
+                (plan.outputs if old == step.args[-1] else plan.inputs).append(numbers[old])
+        return numbers[old]
+
+    plan.operators = [whole.operators[step.op_index]]
+    plan.chains[0].instructions.append(Instruction(KernelCall(0, [number(i) for i in step.args])))
+    return made
+
+
+def _stored(made: Any) -> tuple[bytes, tuple[tuple[tuple[int, ...], str], ...]]:
+    """A file's bytes, and what it takes."""
+    from executorch.exir._serialize._program import serialize_pte_binary
+    from executorch.exir.schema import ScalarType
+
+    names = {ScalarType.FLOAT: "float32", ScalarType.CHAR: "int8", ScalarType.BYTE: "uint8"}
+    plan = made.program.execution_plan[0]
+    inputs = [plan.values[i].val for i in plan.inputs]
     data = bytes(serialize_pte_binary(made, extract_delegate_segments=True))
-    return data, tuple((tuple(v["dims"]), _DTYPES.get(v["datatype"], "float32")) for v in external[:count])
+    return data, tuple((tuple(t.sizes), names[t.scalar_type]) for t in inputs)
 
 
 def _kept(store: Any, keys: set[str]) -> Any:

@@ -21,7 +21,7 @@ from edgekit.targets.pte_file import FileOp, PteFile, read_pte
 from edgekit.targets.pte_layers import Placement
 from edgekit.targets.spiking import written_out
 
-__all__ = ["Tap", "choose", "edit_blob", "graph_of", "spike_taps", "tapped"]
+__all__ = ["Tap", "choose", "edit_blob", "graph_of", "move", "spike_taps", "tapped"]
 
 _CHANNEL_LAST = {"XNNConv2d", "XNNDepthwiseConv2d", "XNNMaxPooling2d", "XNNAvgPooling2d", "XNNGlobalAvgPooling2d"}
 _OUTPUT_FLAG = 2
@@ -57,7 +57,7 @@ def tapped(file: PteFile, taps: Sequence[Tap]) -> bytes:
             extra[n] = _add_value(plan, file.tensors[n].shape, file.tensors[n].dtype)
             call.args.append(extra[n])
     for number in {t.tensor for t in taps} - set(extra):
-        _move(plan, number)  # planning lets a later tensor take its place
+        move(plan, number)  # planning lets a later tensor take its place
     plan.outputs += [extra.get(t.tensor, t.tensor) for t in taps]
     return _exact_scales(file, bytes(serialize_pte_binary(pte, extract_delegate_segments=True)))
 
@@ -208,11 +208,11 @@ def _add_value(plan: Any, shape: tuple[int, ...], dtype: str) -> int:
             )
         )
     )  # fmt: skip
-    _move(plan, len(plan.values) - 1)
+    move(plan, len(plan.values) - 1)
     return len(plan.values) - 1
 
 
-def _move(plan: Any, number: int) -> None:
+def move(plan: Any, number: int) -> None:
     """Give a value a place of its own at the end of the planned memory."""
     from executorch.exir.schema import AllocationDetails, ScalarType
 

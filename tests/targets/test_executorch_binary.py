@@ -18,9 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from edgekit.devices.runner import open_program
 from edgekit.firmware_sim.binary_library import VARIANTS
 from edgekit.frozen import FrozenProgram
 from edgekit.targets import executorch, executorch_binary
+from edgekit.targets.cuts import cuts
 from edgekit.targets.executorch_binary import pack, unpack
 from edgekit.targets.pte_file import FileTensor, read_pte
 
@@ -66,6 +68,23 @@ def test_every_layer_equals_the_frozen_program(case: tuple[FrozenProgram, torch.
     assert np.abs(found - wanted.numpy()).max() < 0.11  # a step: XNNPACK's mean rounds otherwise now and then
     if "mean" not in wrong:
         np.testing.assert_array_equal(found, wanted.numpy())
+
+
+def test_each_kernel_can_be_cut_out_to_be_timed(case: tuple[FrozenProgram, torch.Tensor, Path], tmp_path: Path) -> None:
+    """Each alone, with the file's own signs as input, gives the file's own result."""
+    program, x, path = case
+    taps = executorch.taps(path, program, [x[:1].numpy()])
+    taken = {part.layer: part for part in cuts(path, "executorch", program) if part.op.startswith("edgekit_kernels::")}
+    assert [*taken] == [layer.name for layer in program.layers if layer.op.startswith("bin")]
+    executorch_binary.load_kernels()
+    for name, part in taken.items():
+        value = taps.get(program.layer(name).inputs[0], x[:1].numpy())
+        (tmp_path / "part.pte").write_bytes(part.data)
+        opened = open_program(str(tmp_path / "part.pte"))
+        assert [(s.shape, s.dtype) for s in opened.inputs] == list(part.inputs)
+        opened.feed([part.samples()[0], np.ascontiguousarray(value.reshape(part.inputs[1][0]))])
+        opened.call()
+        np.testing.assert_array_equal(opened.fetch()[-1].reshape(taps[name].shape), taps[name], name)
 
 
 @pytest.mark.parametrize("variant", VARIANTS[platform.machine()])

@@ -1,8 +1,9 @@
-"""Bits of each layer's weights, chosen to fit a budget: measured noise, an exact front, one point of it.
+"""Bits of each layer's weights, chosen to fit a budget: measured noise, an exact front, the best choice within the limits.
 
 The noise that a layer's weights make at the model's output is measured for each choice of bits, that layer alone; the noises of
 layers are taken to add up, as HAWQ and its successors do (Dong et al. 2020). Which choices cost least for each total noise is a
-multiple-choice knapsack: all points that no other one beats are found by adding layer after layer and dropping what is beaten.
+multiple-choice knapsack: all points that no other one beats are found by adding layer after layer and dropping what is beaten;
+the one choice within one or more limits is an integer program (:mod:`edgekit.compress.ptq.budget_solver`).
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from edgekit.compress.capture import Graph
+from edgekit.compress.ptq.budget_solver import least
 from edgekit.compress.ptq.budgets import Budget, budgets, storable
+from edgekit.compress.ptq.journal import Journal
 from edgekit.compress.ptq.plan import Batches, make_plan, weight_bits
 from edgekit.compress.ptq.sensitivity import Switched, first_samples, sqnr_db
 from edgekit.compress.ptq.settings import PTQ, Mixed, WeightType, bits_of, stored_bits
@@ -68,9 +73,17 @@ def front(costs: Sequence[Sequence[float]], noises: Sequence[Sequence[float]]) -
 
 
 def choose_bits(
-    graph: Graph, settings: PTQ, data: Data, stream: Batches, progress: Callable[[int, int], None] | None = None
+    graph: Graph,
+    settings: PTQ,
+    data: Data,
+    stream: Batches,
+    progress: Callable[[int, int], None] | None = None,
+    folder: Path | None = None,
 ) -> tuple[PTQ, dict[str, object]]:
     """The settings with a scope for each layer, and what was decided (the front, the point, its prediction).
+
+    Args:
+        folder: what was measured is kept here and taken from here.
 
     Raises:
         InputError: even the fewest bits of ``choices`` are over the budget.
@@ -78,6 +91,7 @@ def choose_bits(
     """
     how = settings.mixed
     assert how is not None
+    journal = Journal(None if folder is None else folder / "bits.jsonl")
     units, unquantized = find_units(graph, settings.skip, stored_bits(settings.activations))
     layers = [u for u in units if u.weight is not None]
     choices = _choices(layers, units, settings, how)
@@ -92,7 +106,7 @@ def choose_bits(
         model = Switched(graph, plans[kind], samples)
         for u in layers:
             if kind in choices[u.name]:
-                noises[u.name].append(model.noise([u.name], ()))
+                noises[u.name].append(journal.number(f"noise {kind} {u.name}", partial(model.noise, [u.name], ())))
                 if progress:
                     progress(sum(map(len, noises.values())), sum(map(len, choices.values())))
     in_order = [[c for c in plans if c in choices[u.name]] for u in layers]
@@ -101,10 +115,10 @@ def choose_bits(
     first, noise = limits[0], [noises[u.name] for u in layers]
     points = front(first.costs, noise)
     if how.max_accuracy_drop is not None:
-        score = _scorer(graph, settings, how, data, layers, in_order, stream)
+        score = _scorer(graph, settings, how, data, layers, in_order, stream, journal)
         point = _accurate([p for p in points if all(x.within(p.choice) for x in limits)] or points, score, how.max_accuracy_drop)
     else:
-        point = _picked(points, limits, noise, how.target)
+        point = _picked(limits, noise, how.target)
     bits = {u.name: found[i] for u, found, i in zip(layers, in_order, point.choice, strict=True)}
     scopes: dict[str, WeightType] = {**settings.scopes, **{re.escape(name): kind for name, kind in bits.items()}}
     named = ["accuracy"] if how.max_accuracy_drop is not None else []
@@ -131,12 +145,8 @@ def _choices(layers: Sequence[Unit], units: Sequence[Unit], settings: PTQ, how: 
     return {u.name: how.choices if fixed[u.name] != other[u.name] else (kinds[fixed[u.name]],) for u in layers}
 
 
-def _picked(points: Sequence[Point], limits: Sequence[Budget], noise: Sequence[Sequence[float]], target: str) -> Point:
-    """The point of least noise within all limits.
-
-    With two limits the second one's cost is added to the noise at a rising price (Lagrange relaxation): the best of all fronts
-    made so is near the best there is.
-    """
+def _picked(limits: Sequence[Budget], noise: Sequence[Sequence[float]], target: str) -> Point:
+    """The choice of least noise within all limits."""
     for limit in limits:
         if limit.share is not None and limit.least > limit.share * (1 + 1e-9):
             more = "cheapest bits make" if limit.name in ("instructions", "latency") else "fewest bits allowed make"
@@ -144,24 +154,16 @@ def _picked(points: Sequence[Point], limits: Sequence[Budget], noise: Sequence[S
                 f"mixed: the {more} {limit.least:.3f} of int8's {_WORDS[limit.name]}, more than {limit.share}; raise the budget, "
                 f"{_remedy(limit.name, target)}"
             )
-    found = [p for p in points if all(x.within(p.choice) for x in limits)]
-    if len(limits) > 1:
-        second, scale = limits[1], max(sum(map(max, noise)), 1e-30) / limits[1].whole
-        for power in range(-20, 12):
-            price = scale * 2.0**power
-            priced = [[n + price * c for n, c in zip(ns, cs, strict=True)] for ns, cs in zip(noise, second.costs, strict=True)]
-            for p in front(limits[0].costs, priced):
-                if all(x.within(p.choice) for x in limits):
-                    total = sum(ns[i] for ns, i in zip(noise, p.choice, strict=True))
-                    found.append(Point(p.cost, total, p.choice))
-    if not found:
+    choice = least(noise, limits)
+    if choice is None:
         both = " and ".join(f"{x.name} {x.share}" for x in limits)
         first, second = limits
-        within = [p for p in front(first.costs, second.costs) if first.within(p.choice)]
-        least = min(second.cost(p.choice) for p in within) / second.whole
-        far = f"within {first.name} {first.share} at least {math.ceil(least * 1000) / 1000:.3f} of int8's {_WORDS[second.name]}"
+        cheapest = least(second.costs, [first])
+        assert cheapest is not None
+        share = math.ceil(second.cost(cheapest) / second.whole * 1000) / 1000
+        far = f"within {first.name} {first.share} at least {share:.3f} of int8's {_WORDS[second.name]}"
         raise InputError(f"mixed: no choice of bits keeps both {both}: {far} are needed; raise one of them")
-    return min(found, key=lambda p: (p.noise, p.cost))
+    return Point(limits[0].cost(choice), sum(ns[i] for ns, i in zip(noise, choice, strict=True)), choice)
 
 
 _WORDS = {"size": "bytes", "bops": "bit operations", "instructions": "instructions", "latency": "time"}
@@ -186,7 +188,7 @@ def _accurate(points: Sequence[Point], score: Callable[[Point | None], float], d
 
 def _scorer(
     graph: Graph, settings: PTQ, how: Mixed, data: Data, layers: Sequence[Unit], in_order: Sequence[Sequence[WeightType]],
-    stream: Batches,
+    stream: Batches, journal: Journal,
 ) -> Callable[[Point | None], float]:  # fmt: skip
     """A point's task metric (None: the float model's) on labelled training samples."""
     if data.training is None:
@@ -204,7 +206,7 @@ def _scorer(
     labels = torch.cat(ys)
     units, unquantized = find_units(graph, settings.skip, stored_bits(settings.activations))
 
-    def score(point: Point | None) -> float:
+    def measured(point: Point | None) -> float:
         module: torch.nn.Module = graph.module
         if point is not None:
             named = {re.escape(u.name): found[i] for u, found, i in zip(layers, in_order, point.choice, strict=True)}
@@ -215,6 +217,10 @@ def _scorer(
         if callable(data.metric):
             return float(data.metric(outputs, labels))
         return 100 * float((outputs.flatten(1).argmax(1) == labels).float().mean())
+
+    def score(point: Point | None) -> float:
+        name = "float" if point is None else " ".join(found[i] for found, i in zip(in_order, point.choice, strict=True))
+        return journal.number(f"metric {name}", partial(measured, point))
 
     return score
 

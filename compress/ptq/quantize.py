@@ -69,7 +69,7 @@ def quantize(
         from edgekit.compress.ptq.mixed import choose_bits
 
         stream = calibration_stream(graph, settings, data)
-        settings, facts = choose_bits(graph, settings, data, stream, _labelled(progress, "choose bits"))
+        settings, facts = choose_bits(graph, settings, data, stream, _labelled(progress, "choose bits"), folder)
     units, unquantized = find_units(graph, settings.skip, stored_bits(settings.activations))
     made = make_plan(graph, units, unquantized, settings, calibration_stream(graph, settings, data, progress))
     made = _improve(graph, made, settings, calibration_stream(graph, settings, data), progress, folder)

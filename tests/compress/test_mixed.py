@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +17,9 @@ from torch import nn
 
 from edgekit.compress.capture import Graph, capture
 from edgekit.compress.ptq import PTQ
-from edgekit.compress.ptq.mixed import front
+from edgekit.compress.ptq.budget_solver import least
+from edgekit.compress.ptq.budgets import Budget
+from edgekit.compress.ptq.mixed import _picked, front
 from edgekit.compress.ptq.plan import Plan
 from edgekit.compress.ptq.quantize import quantize
 from edgekit.compress.ptq.settings import Mixed
@@ -150,19 +157,59 @@ def test_instructions_beside_bytes_are_kept() -> None:
 
 
 def test_two_limits_against_all_choices() -> None:
-    """The best of all 2^4 choices within both, by the noises that were measured."""
-    from edgekit.compress.ptq.budgets import Budget
-    from edgekit.compress.ptq.mixed import _picked
-
+    """The best of all 3^6 choices within both, by the noises that were measured."""
     generator = torch.Generator().manual_seed(3)
     for _ in range(20):
-        draws = torch.rand(3, 6, 3, generator=generator).sort(2, descending=True).values
+        draws = torch.rand(3, 6, 3, generator=generator, dtype=torch.float64).sort(2, descending=True).values
         size, time, noise = draws[0].tolist(), draws[1].flip(1).tolist(), draws[2].flip(1).tolist()
-        limits = [Budget(n, tuple(map(tuple, c)), sum(map(max, c)), 0.7) for n, c in (("size", size), ("latency", time))]
+        limits = [Budget(n, tuple(map(tuple, c)), sum(map(max, c)), 0.8) for n, c in (("size", size), ("latency", time))]
         every = [c for c in itertools.product(range(3), repeat=6) if all(x.within(c) for x in limits)]
         best = min(sum(ns[i] for ns, i in zip(noise, c, strict=True)) for c in every)
-        found = _picked(front(limits[0].costs, noise), limits, noise, "")
-        assert all(x.within(found.choice) for x in limits) and found.noise <= 1.15 * best
+        found = _picked(limits, noise, "")
+        assert all(x.within(found.choice) for x in limits) and found.noise == pytest.approx(best)
+    assert least(noise, [Budget("size", limits[0].costs, limits[0].whole, limits[0].least / 2)]) is None
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = {path!r}
+import test_mixed
+test_mixed.choosing(Path({folder!r}), dies_after={after})
+"""
+
+
+def choosing(folder: Path, dies_after: int = 10**6) -> tuple[Plan, int]:
+    """The accuracy-aware choice, its results kept in ``folder``, and how often the metric was taken."""
+    model, x = build(Modules, 48)
+    with torch.no_grad():
+        y = model(x)
+    calls = []
+
+    def explained(outputs: torch.Tensor, y: torch.Tensor) -> float:
+        calls.append(1)
+        if len(calls) > dies_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return float(100 - 100 * (outputs - y).square().mean() / y.var())
+
+    how = Mixed(max_accuracy_drop=0.5, choices=("int8", "int4", "int2"))
+    data = Data(x, training=(x, y), metric=explained)
+    return quantize(capture(model, (x[:1],)), PTQ(**ALL, mixed=how), data, folder=folder)[1], len(calls)
+
+
+@pytest.mark.slow
+def test_a_killed_choice_goes_on_at_its_last_measurement(tmp_path: Path) -> None:
+    whole, calls = choosing(tmp_path / "undisturbed")
+    assert calls > 3
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    code = KILLED.format(path=paths, folder=str(tmp_path / "killed"), after=2)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    with (tmp_path / "killed" / "bits.jsonl").open("a") as file:
+        file.write('\n["metric int8')  # cut off while it was written
+    again, more = choosing(tmp_path / "killed")
+    assert more == calls - 2
+    assert {n: w.bits for n, w in again.weights.items()} == {n: w.bits for n, w in whole.weights.items()}
+    assert again.facts == whole.facts
 
 
 def test_only_what_the_target_stores_is_chosen() -> None:

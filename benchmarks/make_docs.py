@@ -13,6 +13,7 @@ import binary_net_docs
 import costs_docs
 import firmware_docs
 import lowrank_docs
+import ptq_docs
 import snn_docs
 import snn_nir
 import snn_simulators_docs
@@ -371,6 +372,7 @@ def ptq_transformer(rows: Sequence[Row]) -> str:
 SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "ptq": ptq,
     "ptq_front": ptq_front,
+    "ptq_peers": lambda rows: ptq_docs.peers(rows, TITLES),
     "reconstruction": reconstruction,
     "transformer": transformer,
     "ptq_transformer": ptq_transformer,

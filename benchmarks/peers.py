@@ -25,7 +25,7 @@ from edgekit.targets.tflite_convert import quiet
 Maker = Callable[[Subject, Path], None]
 
 
-def ai_edge_quantizer(net: Subject, path: Path, bits: int = 8, last: bool = False) -> None:
+def ai_edge_quantizer(net: Subject, path: Path, bits: int = 8, last: bool = False, activation_bits: int = 8) -> None:
     """litert-torch's float file, quantized by ai-edge-quantizer's static_wi8_ai8; with 4 bits: convolutions but the first.
 
     Args:
@@ -42,7 +42,7 @@ def ai_edge_quantizer(net: Subject, path: Path, bits: int = 8, last: bool = Fals
     tool = quantizer.Quantizer(str(plain), recipe.static_wi8_ai8())
     if bits == 4:
         first = _first_convolution(plain)
-        tool.add_static_config(".*", TFLOperationName.CONV_2D, activation_num_bits=8, weight_num_bits=4)
+        tool.add_static_config(".*", TFLOperationName.CONV_2D, activation_num_bits=activation_bits, weight_num_bits=4)
         tool.add_static_config(first, TFLOperationName.CONV_2D, activation_num_bits=8, weight_num_bits=8)
     name = _input_name(plain)
     found = tool.calibrate({"serving_default": [{name: order(x[None]).numpy()} for x in net.calibration]})
@@ -74,8 +74,15 @@ def torchao_xnnpack(net: Subject, path: Path) -> None:
     path.write_bytes(bytes(edge.to_executorch().buffer))
 
 
-def onnxruntime_static(net: Subject, path: Path, unsigned: bool = False) -> None:
-    """onnxruntime's quantize_static, QDQ, per channel; activations int8 (its default) or uint8."""
+def onnxruntime_static(
+    net: Subject, path: Path, unsigned: bool = False, few: Callable[[Any], dict[str, Any]] | None = None
+) -> None:
+    """onnxruntime's quantize_static, QDQ, per channel; activations int8 (its default) or uint8.
+
+    Args:
+        few: makes overrides for some tensors' types from the float onnx.ModelProto.
+    """
+    import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -85,8 +92,6 @@ def onnxruntime_static(net: Subject, path: Path, unsigned: bool = False) -> None
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            import onnx
-
             name = onnx.load(str(plain)).graph.input[0].name
             self.samples = iter([{name: x[None].numpy()} for x in net.calibration])
 
@@ -97,6 +102,7 @@ def onnxruntime_static(net: Subject, path: Path, unsigned: bool = False) -> None
     quantize_static(
         str(ready), str(path), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
         activation_type=kind, weight_type=QuantType.QInt8,
+        extra_options={"TensorQuantOverrides": few(onnx.load(str(ready)))} if few else None,
     )  # fmt: skip
     plain.unlink()
     ready.unlink()

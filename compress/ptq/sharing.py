@@ -11,8 +11,8 @@ from edgekit.compress.ptq.units import Unit
 __all__ = ["eight_bit_inputs", "few_bits", "fixed_activations", "groups"]
 
 _ROUNDED_TWICE = (
-    "activations of few bits: kernels that round twice (TFLite's packed 4-bit ones, firmware's) may be off by a whole level; "
-    "`tflite: {pack: false}`, ExecuTorch and ONNX are exact"
+    "activations of few bits: TFLite's packed 4-bit kernels round twice and may be off by a whole level; "
+    "`tflite: {pack: false}`, ExecuTorch, ONNX and firmware are not"
 )
 _FIXED = {"sigmoid": ActQ(1 / 256, -128), "hardsigmoid": ActQ(1 / 256, -128), "tanh": ActQ(1 / 128, 0)}
 

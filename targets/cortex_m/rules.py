@@ -28,6 +28,8 @@ ADD_SHIFT = 20
 
 _IMAGE_OPS = ("qconv2d", "spiking_conv2d", "qmean", "qavg_pool2d", "qmax_pool2d", "qpad")
 _ACCUMULATOR = 1 << 30  # the kernels' contract: |sum| << shift stays below it
+_FEW_LEVELS = 16
+_LEAST_MANTISSA = 1 << 22
 _DIMENSION = 1 << 16  # the kernels' structs hold sizes in 16 bits
 
 
@@ -97,7 +99,10 @@ def _weighted(build: Builder, layer: Layer) -> tuple[dict[str, Any], dict[str, N
     found = dict(constants(layer, "weight", "weight_scale", "bias"))
     scales = found.pop("weight_scale").astype(np.float64)
     real = _f32(layer.args["in_scale"]) * scales / _f32(layer.args["out_scale"])
+    bounds = _bounds(layer)
     fixed = np.array([_fixed(build, layer, float(m)) for m in real], dtype=np.int64).reshape(-1, 2)
+    if bounds["high"] - bounds["low"] < _FEW_LEVELS:
+        fixed = rounded_once(real, fixed)
     in_zp = int(layer.args["in_zp"])
     weight = found["weight"].astype(np.int64).reshape(len(scales), -1)
     folded = found["bias"].astype(np.int64) - in_zp * weight.sum(1)
@@ -107,7 +112,19 @@ def _weighted(build: Builder, layer: Layer) -> tuple[dict[str, Any], dict[str, N
         raise build.refuse(layer, "may have sums that pass 30 bits", "give it fewer input channels or a larger output range")
     found |= {"bias": folded.astype(np.int32)}
     found |= {"multiplier": fixed[:, 0].astype(np.int32), "shift": fixed[:, 1].astype(np.int8)}
-    return {"in_zp": in_zp, **_bounds(layer)}, found
+    return {"in_zp": in_zp, **bounds}, found
+
+
+def rounded_once(real: NDArray[np.float64], fixed: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Mantissas and shifts (channels, 2) without right shifts, whose second rounding would be felt in an output of few levels.
+
+    Sums of few bits have multipliers near 1, so the first rounding is to halves or quarters of an output step: up to 25 % of
+    values would come out a level off. A mantissa below 2^30 needs no shift; what it loses is below 2^-32 of a sum. Multipliers
+    too small for that keep their shift, which is then large and its rounding not felt.
+    """
+    once = np.stack([np.rint(real * (1 << 31)).astype(np.int64), np.zeros(len(real), np.int64)], 1)
+    chosen = (fixed[:, 1] <= 0) & (once[:, 0] >= _LEAST_MANTISSA) & (once[:, 0] < 1 << 31)
+    return np.where(chosen[:, None], once, fixed)
 
 
 def _conv2d(build: Builder, layer: Layer) -> None:

@@ -15,6 +15,7 @@ from edgekit.compress.ptq import PTQ, quantize_model
 from edgekit.data import Data
 from edgekit.frozen import FrozenProgram
 from edgekit.targets import cortex_m, get
+from edgekit.targets.cortex_m import rules
 from edgekit.targets.cortex_m.preparation import prepare, simulate
 
 
@@ -99,3 +100,41 @@ def test_operator_on_a_board(name: str, core: str, weights: str, tmp_path: Path)
     (found,) = get(core).run(path, [x])
     firmware = prepare(program, {"cortex-m4": "dsp", "cortex-m55": "mve"}[core])
     assert all(np.array_equal(found[i : i + 1], simulate(firmware, [x[i : i + 1]])[1][0]) for i in range(2))
+
+
+def few_levels(weights: str) -> tuple[FrozenProgram, Tensor]:
+    """A network whose inner activations have 16 levels, and samples."""
+    torch.manual_seed(0)
+    inner = [conv(8, 8, padding=1), nn.ReLU(), conv(8, 8, padding=1, groups=8), nn.ReLU(), conv(8, 8, 1), nn.ReLU()]
+    model = nn.Sequential(conv(padding=1), nn.ReLU(), *inner, nn.Flatten(), nn.Linear(800, 5)).eval()
+    x = torch.randn(32, *IMAGE, generator=torch.Generator().manual_seed(1))
+    return quantize_model(model, Data(x), PTQ(weights=weights, activations="int4", observer="minmax")), x  # type: ignore[arg-type]
+
+
+def level_gaps(program: FrozenProgram, x: Tensor) -> float:
+    """Share of the values of 16 levels that firmware computes otherwise than the frozen program, on firmware's own inputs."""
+    few = [layer.name for layer in program.layers if layer.out_zero_point == 112]
+    assert len(few) == 3
+    firmware, apart, count = prepare(program, "dsp"), 0, 0
+    for one in x[:8].split(1):
+        taps, _ = simulate(firmware, [one.numpy()])
+        forced, _ = program.forced_outputs({k: torch.from_numpy(v) for k, v in taps.items()}, one)
+        apart += sum(int((forced[n].numpy() != taps[n]).sum()) for n in few)
+        count += sum(taps[n].size for n in few)
+    return apart / count
+
+
+def test_few_levels_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert level_gaps(*few_levels("int4")) < 1e-3
+    monkeypatch.setattr(rules, "rounded_once", lambda real, fixed: fixed)
+    assert level_gaps(*few_levels("int4")) > 0.01, "rounding twice is felt, or this test shows nothing"
+
+
+@pytest.mark.skipif(cortex_m.M4.available() is not None, reason="needs arm-none-eabi-gcc and qemu-system-arm")
+@pytest.mark.parametrize("core", [pytest.param("cortex-m4"), pytest.param("cortex-m55", marks=pytest.mark.slow)])
+def test_few_levels_on_a_board(core: str, tmp_path: Path) -> None:
+    program, x = few_levels("int2")
+    path = get(core).lower(program, tmp_path / "model.c").path
+    (found,) = get(core).run(path, [x[:2].numpy()])
+    firmware = prepare(program, {"cortex-m4": "dsp", "cortex-m55": "mve"}[core])
+    assert all(np.array_equal(found[i : i + 1], simulate(firmware, [x[i : i + 1].numpy()])[1][0]) for i in range(2))

@@ -304,7 +304,7 @@ def ptq_front(rows: Sequence[Row]) -> str:
                 f"| {variant} | {first['steps'] or ''} | {accuracy}{_brackets(bounds)} | {files} | {first['processor_s']:.0f} "
                 f"| {first['peak_memory_mb']} |"
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, *ptq_docs.firmware(rows, TITLES)])
 
 
 _FRONT = """

@@ -37,6 +37,33 @@ def peers(rows: Sequence[Row], titles: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
+def firmware(rows: Sequence[Row], titles: Mapping[str, str]) -> list[str]:
+    """Lines of a table of the rows that are firmware, beside their frozen programs."""
+    found = [r for r in rows if "instructions" in r]
+    if not found:
+        return []
+    frozen = {_key(r): r["accuracy"] for r in rows if r["target"] == "frozen"}
+    lines = ["", "### Firmware of few bits", "", _FIRMWARE, ""]
+    lines += ["| network | bits | method | core | frozen program | firmware | same class % | flash | RAM | instructions |"]
+    lines += ["|" + "---|" * 10]
+    for r in found:
+        bits = f"W{r['weight_bits']}A{r['activation_bits']}"
+        cells = [titles[r["model"]], bits, r["variant"], r["target"], f"{frozen[_key(r)]:.1f}", f"{r['accuracy']:.1f}"]
+        sizes = [f"{r['bytes']:,}", f"{r['ram']:,}", f"{r['instructions']:,}"]
+        lines.append("| " + " | ".join([*cells, f"{r['same_class_as_frozen']:.1f}", *sizes]) + " |")
+    return lines
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row[k] for k in ("model", "variant", "weight_bits", "activation_bits", "seed"))
+
+
+_FIRMWARE = """
+Built from the same frozen programs, booted on an emulated board; every sample that ran there equals the numpy reference of the
+kernels in every bit, and the accuracy is that reference's on all 1000. Flash has code in it.
+"""
+
+
 def _recipe(model: str, bits: int) -> list[dict[str, Any]]:
     """The row of the example's own 4-bit recipe."""
     if not RECIPES.is_file():

@@ -21,7 +21,7 @@ from edgekit.targets.cortex_m.fixedpoint import quantize_multiplier
 from edgekit.targets.cortex_m.graph import Port, Tensor
 from edgekit.targets.cortex_m.lowering import Builder, constants
 
-__all__ = ["ADD_SHIFT", "RULES"]
+__all__ = ["ADD_SHIFT", "RULES", "rounded_once"]
 
 ADD_SHIFT = 20
 """TFLite's left shift of both operands of an addition, so that their common scale keeps 20 bits of fraction."""

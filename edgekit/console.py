@@ -136,6 +136,8 @@ def print_outcome(outcome: Outcome) -> None:
         for file in outcome.parity.artifacts:
             if file.exact:
                 _print(sys.stdout, "", f"{file.name}: every layer and output equals its bit-exact reference")
+            for note in file.notes[1:] if file.chip else ():
+                _print(sys.stdout, "[dim]", f"{file.name}: {note}")
         for note in outcome.parity.notes:
             _print(sys.stdout, "[dim]", note)
         for breach in outcome.parity.breaches:
@@ -150,9 +152,12 @@ def print_outcome(outcome: Outcome) -> None:
     _print(sys.stdout, "[dim]", took)
     if outcome.parity is not None and outcome.ok:
         checked = "every file that was checked" if outcome.parity.unchecked else "every file"
-        if outcome.parity.artifacts:
+        chips = [a.name for a in outcome.parity.artifacts if a.chip]
+        if chips:
+            _print(sys.stdout, "", f"{', '.join(chips)}: the chip's numbers, judged by the task within the allowed loss")
+        if any(not a.chip for a in outcome.parity.artifacts):
             _print(sys.stdout, "[bold green]", f"{checked} computes what the frozen program computes")
-        else:
+        elif not chips:
             _print(sys.stdout, "", "the recipe has no targets: the frozen program was judged, no file was made")
 
 

@@ -104,6 +104,7 @@ class ArtifactParity:
         mismatches: facts in the file that differ from the frozen program, in words.
         first_diverging: the first layer in execution order that left tolerance or whose stored facts differ.
         tap_lsb: largest difference between the file's own outputs and those that follow from the taps, in LSBs.
+        chip: it ran quantized to a chip, whose numbers are not the program's: no layer is compared, the task alone is judged.
         exact: every layer and output equals the bit-exact reference of the device; None where there is none.
         breaches: one sentence each; empty means the file computes the frozen program.
         notes: what a reader has to know and is no breach.
@@ -124,6 +125,7 @@ class ArtifactParity:
     notes: tuple[str, ...] = ()
     artifact: Mapping[str, Any] = field(default_factory=dict)
     device: str = ""
+    chip: bool = False
 
     @property
     def name(self) -> str:

@@ -24,13 +24,21 @@ def shortfalls(folder: Path) -> list[str]:
         return []
     program = load(frozen)
     found: list[str] = []
-    if left := [f"{u.layer} ({u.op})" for u in program.unquantized]:
+    if not _float_spiking(program) and (left := [f"{u.layer} ({u.op})" for u in program.unquantized]):
         verb = "operator stays" if len(left) == 1 else "operators stay"
         found.append(f"{len(left)} {verb} in float: {named(left)}; `edgekit describe {frozen}` gives the reasons")
     for path in sorted(folder.glob("export_*.json")):
         facts = json.loads(path.read_text())
         found += _of_file(facts["target"], facts["coverage"], facts.get("options", {}), program)
     return found
+
+
+def _float_spiking(program: FrozenProgram) -> bool:
+    """Whether it is a spiking network in float, as its recipe asked: float is nothing less there."""
+    from edgekit.frozen.spiking_ops import FLOAT_OPS, MOVING_OPS
+
+    ops = {layer.op for layer in program.layers}
+    return bool(ops & FLOAT_OPS) and ops <= FLOAT_OPS | MOVING_OPS
 
 
 def named(layers: Sequence[str]) -> str:
@@ -65,7 +73,7 @@ def _of_file(target: str, rows: Sequence[Mapping[str, Any]], options: Mapping[st
     for storage, layers in wider.items():
         whose = "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
         found.append(f"{target}: weights below 8 bits of {whose} are stored as {storage}: {named(layers)}")
-    real = [r for r in rows if r["macs"] and in_float(r)]
+    real = [] if _float_spiking(program) else [r for r in rows if r["macs"] and in_float(r)]
     if real:
         share = 100 * sum(r["macs"] for r in real) / sum(r["macs"] for r in rows)
         shown = f"{share:.1f}" if share >= 0.05 else "under 0.1"

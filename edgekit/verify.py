@@ -158,6 +158,8 @@ def verify_artifact(
     first = next((x.name for x in program.listed if x.name in bad), None) or next(iter(sorted(bad)), None)
     breaches = [f"{name}: {m}" for m in mismatches]
     breaches += layer_parity.breaches(name, found, first, settings) + layer_parity.exact_breaches(name, found)
+    breaches += [f"{name}: {text}" for text in getattr(module, "wrong", ())]
+    chip = bool(getattr(module, "quantizes", False))
     breaches += _output_breaches(name, stage, found.systematic, known, evaluation, settings)
     return ArtifactParity(
         target=getattr(module, "target", name),
@@ -166,13 +168,14 @@ def verify_artifact(
         sha256=digest(module, path),
         stage=stage,
         layers=found.layers,
-        untapped=tuple(x.name for x in program.layers if x.name not in tapped and x.op != "dequantize"),
+        untapped=() if chip else tuple(x.name for x in program.layers if x.name not in tapped and x.op != "dequantize"),
         mismatches=tuple(map(str, mismatches)),
         first_diverging=first,
         tap_lsb=found.tap_lsb,
+        chip=chip,
         exact=not found.inexact if found.exact else None,
         breaches=tuple(breaches),
-        notes=tuple(artifact.notes),
+        notes=(*artifact.notes, *getattr(module, "notes", ())),
         artifact=json.loads(json.dumps(artifact.to_json())),  # as it reads back: lists, not tuples
     )
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from edgekit.compress.capture import Graph
 from edgekit.compress.spiking.graph import Site, operator_name
+from edgekit.compress.spiking.input_layer import ENCODER
 from edgekit.compress.spiking.neurons import Neuron
 from edgekit.compress.spiking.settings import Spiking
 from edgekit.compress.spiking.unroll import SpikingNet, producers
@@ -187,7 +188,9 @@ class _Walk(fx.Interpreter):
         if name in self.learned:
             current = self._weights(neuron, self.learned[name], wanted, layer)
             out = neuron(current)
-        if self.settings.correct in ("bias", "weights"):
+        if site.name == ENCODER:
+            layer.correction = "none (deterministic rate coding)"
+        elif self.settings.correct in ("bias", "weights"):
             out = self._bias(neuron, producer, current, out, wanted, layer)
         elif self.settings.correct == "membrane":
             neuron.v_init = neuron.v_init + self.net.steps * (wanted - self._mean(out)).mean(0)

@@ -51,6 +51,8 @@ class Spiking:
         schedule: ``streaming``: all layers take part in every step. ``layered``: a layer fires when all steps of the one before
             are in, which makes a network trained by ``qcfs`` exact; its latency is ``steps`` for each layer, no simulator or
             chip format takes it, and there is no early exit.
+        encoding: ``direct``: the first layers get the input as a constant current, once for all steps. ``rate``: a layer of
+            neurons makes spikes of it (deterministic rate coding) and everything behind it is fed by spikes, as chips need it.
         levels: levels of the trained activation of ``qcfs``; ``steps`` if left out.
         neuron: of ``train``: integrate-and-fire, leaky, or leaky with a learned time constant.
         tau: time constant of leaky neurons, in steps.
@@ -87,6 +89,7 @@ class Spiking:
     max_pool: Literal["auto", "average", "count"] = "auto"
     allow: tuple[str, ...] = ()
     schedule: Literal["streaming", "layered"] = "streaming"
+    encoding: Literal["direct", "rate"] = "direct"
     levels: Annotated[int, Field(ge=1, le=255)] | None = None
     neuron: Literal["if", "lif", "plif"] = "if"
     tau: Annotated[float, Field(gt=1)] = 2.0
@@ -126,6 +129,8 @@ class Spiking:
             raise ValueError("schedule layered is for balance, calibrate and qcfs without early_exit")
         if self.frames and self.method != "train":
             raise ValueError("frames is for method train: a converted network gets a constant input")
+        if self.frames and self.encoding != "direct":
+            raise ValueError("encoding rate is for inputs without steps; frames hold what each step gets")
         if self.rule == "sltt_k" and self.backward_steps > min((self.steps, *self.stages)):
             raise ValueError(f"backward_steps {self.backward_steps} of {min((self.steps, *self.stages))} steps; give fewer")
         return self

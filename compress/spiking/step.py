@@ -16,6 +16,7 @@ from edgekit.compress.spiking.amplitude import fold_amplitudes
 from edgekit.compress.spiking.calibrate import Layer, activations, calibrate, correct, threshold_of
 from edgekit.compress.spiking.freeze import stateless
 from edgekit.compress.spiking.graph import Site, Survey, average_pools, free_batches, rectifiers_first, survey
+from edgekit.compress.spiking.input_layer import ENCODER, with_encoder
 from edgekit.compress.spiking.judge import Judge, for_report
 from edgekit.compress.spiking.measure import Course, course, points
 from edgekit.compress.spiking.neurons import Neuron
@@ -85,11 +86,13 @@ def make(graph: Graph, settings: Spiking, data: Data, progress: Progress) -> Mad
             f"spiking: method {settings.method} trains, and the data has no training samples; return Data(..., training=(x, y)) "
             "from the data factory, or take method calibrate"
         )
+    batch = _calibration(graph, data, settings.samples)
     graph = free_batches(graph)
+    if settings.encoding == "rate":
+        graph = with_encoder(graph, batch)
     found = survey(graph, settings.frames)
     _refuse(found, settings)
     graph, found, notes = _pooled(graph, found, settings, trains)
-    batch = _calibration(graph, data, settings.samples)
     maker = {"balance": _balance, "calibrate": _calibrate, "qcfs": _qcfs, "train": _train}[settings.method]
     made = maker(graph, found, settings, data, batch, progress)
     made.warnings += notes
@@ -200,7 +203,9 @@ def _train(graph: Graph, found: Survey, settings: Spiking, data: Data, batch: tu
     learn = (*(("threshold",) if settings.learn_threshold else ()), *(("tau",) if settings.neuron == "plif" else ()))
     first = settings.stages[0] if settings.stages else settings.steps
 
-    def neuron(_: Site) -> nn.Module:
+    def neuron(site: Site) -> nn.Module:
+        if site.name == ENCODER:
+            return Neuron(steps=first)
         tau = None if settings.neuron == "if" else settings.tau
         return Neuron(
             steps=first, tau=tau, reset=settings.reset, surrogate=settings.surrogate, spikes=settings.spikes, learn=learn

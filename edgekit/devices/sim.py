@@ -8,16 +8,20 @@ spikingjelly,      their own importers of NIR in float64, each in its environmen
 snntorch, norse,   :func:`edgekit.targets.neuromorphic.dialects.legalize`
 sinabs
 nest               NEST's engine                                                                                   nir: 0 differ
-xylo, loihi2       the graph quantized to the chip, in edgekit's integer references                                nir: counted
+xylo, loihi2,      the graph quantized to the chip, in edgekit's integer references                                nir: counted
+speck
 xylosim, lava      the same numbers in the vendors' models of the chips                                            xylo, loihi2: 0
 =================  ==============================================================================================  ============
+
+A chip takes spikes. Where the input holds anything else, the host runs the network's first neurons
+(:mod:`edgekit.targets.neuromorphic.host`) and sends theirs.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +34,13 @@ from edgekit.devices.simulation import simulate
 from edgekit.errors import InputError, MissingTool, UnsupportedError
 from edgekit.frozen import FrozenProgram
 from edgekit.nir.inference import encode, read_out
+from edgekit.nir.semantics import kind
 from edgekit.profile import Profile, Settings
-from edgekit.targets.neuromorphic import nest, to_loihi2, to_xylo
+from edgekit.targets.neuromorphic import host, loihi2, nest, to_loihi2, to_speck, to_xylo
 from edgekit.targets.neuromorphic.dialects import DIALECTS, legalize
 from edgekit.targets.neuromorphic.layers import network
 
-__all__ = ["NAMES", "Rasters", "SimulatorDevice", "connect", "run"]
+__all__ = ["CHIPS", "NAMES", "Rasters", "SimulatorDevice", "connect", "run"]
 
 Array = NDArray[Any]
 
@@ -66,10 +71,23 @@ class Rasters:
 
 @dataclass(frozen=True)
 class SimulatorDevice:
-    """A simulator with the members of a device; see :mod:`edgekit.devices`. ``simulator`` is a name of :data:`NAMES`."""
+    """A simulator with the members of a device; see :mod:`edgekit.devices`.
+
+    Attributes:
+        simulator: a name of :data:`NAMES`.
+        told: sentences on what the last call of :meth:`run` did to the graph, and where a chip's spikes differ from the graph's.
+        wrong: spikes of the last call that differ where none may.
+    """
 
     name: str
     simulator: str
+    told: list[str] = field(default_factory=list, compare=False)
+    wrong: list[str] = field(default_factory=list, compare=False)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether it runs other numbers than the file's: a chip's."""
+        return self.simulator in CHIPS
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -86,6 +104,8 @@ class SimulatorDevice:
         """Outputs for a batch, (N, ...) each, as the target ``nir`` gives them."""
         graph, given = self._given(path, inputs)
         found = run(self.simulator, graph, given)
+        self.told[:] = [*found.notes, *([] if found.exact else [_shares(found)])]
+        self.wrong[:] = _differing(found) if self.quantizes and found.exact else []
         if progress:
             progress(len(inputs[0]), len(inputs[0]))
         return [read_out(graph, found.outputs)]
@@ -95,7 +115,9 @@ class SimulatorDevice:
         return self.taps_each(path, target, program, [x[:1] for x in sample])[0]
 
     def taps_each(self, path: Path, target: str, program: FrozenProgram, samples: Sequence[Array]) -> list[dict[str, Array]]:
-        """As :meth:`taps` for every sample, by one run."""
+        """As :meth:`taps` for every sample, by one run; of a chip nothing, whose integers are not the program's numbers."""
+        if self.quantizes:
+            return [{} for _ in samples[0]]
         found = run(self.simulator, *self._given(path, samples))
         layers = {layer.name: layer for layer in program.layers if layer.name in found.spikes}
         return [
@@ -125,6 +147,23 @@ class SimulatorDevice:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _differing(found: Rasters) -> list[str]:
+    """The first layer in which a vendor's simulator differs from edgekit's reference of the chip."""
+    for name, raster in found.spikes.items():
+        if wrong := int((np.asarray(raster) != np.asarray(found.expected[name])).sum()):
+            where = f"{found.simulator} {found.version} and edgekit's reference of the chip"
+            return [f"layer {name}: {where} differ in {wrong:,} of {raster.size:,} values, none is allowed"]
+    return []
+
+
+def _shares(found: Rasters) -> str:
+    each = []
+    for name, raster in found.spikes.items():
+        wanted = float(np.asarray(found.expected[name]).sum()) or 1.0
+        each.append(f"{name} {float(np.abs(raster.astype(np.float64) - found.expected[name]).sum()) / wanted:.1%}")
+    return f"spikes that are at another step or in another number than the graph's, as a share of its own: {', '.join(each)}"
 
 
 def connect(spec: str) -> SimulatorDevice:
@@ -166,13 +205,26 @@ def _following(graph: Any, spikes: Array, dt: float | None, rasters: Mapping[str
     return nir.interpret(graph, spikes, dt=dt, forced=rasters).output
 
 
-def _counts(simulator: str, spikes: Array) -> Array:
-    """Input as integers (T, N, inputs); a chip takes nothing else."""
-    flat = np.asarray(spikes).reshape(*spikes.shape[:2], -1)
-    if np.any(flat != np.rint(flat)) or np.any(flat < 0):
-        found = f"the input has values from {flat.min():g} to {flat.max():g}"
-        raise UnsupportedError(f"{simulator}: {found}, a chip takes spikes; encode it as spikes first")
-    return flat.astype(np.int64)
+@dataclass(frozen=True)
+class _OnChip:
+    """What a chip is given: a graph and the spikes of its input as counts (T, N, inputs), what is expected of it, notes."""
+
+    graph: Any
+    spikes: Array
+    dt: float | None
+    expected: dict[str, Array]
+    notes: tuple[str, ...]
+
+
+def _given_to_chip(simulator: str, graph: Any, spikes: Array, dt: float | None) -> _OnChip:
+    values, _ = _reference(graph, spikes, dt)
+    notes: tuple[str, ...] = ()
+    if not host.counted(spikes):
+        found = host.parts(graph, simulator)
+        whole = network(graph)
+        notes = (f"{found.sentence()}: {host.share(whole, found.host):.1%} of the multiply-accumulates of a dense pass",)
+        graph, spikes = found.chip, values.pop(found.sender)
+    return _OnChip(graph, spikes.reshape(*spikes.shape[:2], -1).astype(np.int64), dt, values, notes)
 
 
 def _interpreter(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Rasters:
@@ -203,64 +255,76 @@ def _nest(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Raster
     return Rasters(simulator, found.version, rasters, expected, found.lag, True, outputs, made.rewritten)
 
 
+_CALIBRATED = 64
+"""Most samples that a chip's numbers are chosen on."""
+
+
 def _calibration(spikes: Array) -> Array:
-    return spikes[:, : max(1, spikes.shape[1] // 2)]
+    return spikes[:, : min(_CALIBRATED, max(1, spikes.shape[1] // 2))]
 
 
 def _xylo(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Rasters:
-    flat = _counts(simulator, spikes)
-    values, _ = _reference(graph, spikes, dt)
-    made = to_xylo.quantize(graph, _calibration(flat), dt)
+    given = _given_to_chip(simulator, graph, spikes, dt)
+    flat = given.spikes
+    made = to_xylo.quantize(given.graph, _calibration(flat), dt)
     rasters = to_xylo.rasters(made.network, made.places, flat)
     lag = {name: late for name, (*_, late) in made.places.items()}
-    notes = (
-        f"weights shifted by {made.shift}, {made.clip:.0%} of the largest weight of a neuron is the range of its 8 bits",
-        f"calibrated on {_calibration(flat).shape[1]} samples: {made.difference:.2%} of the spikes differ in number",
-        *made.notes,
-    )
+    how = f"weights shifted by {made.shift}, {made.clip:.0%} of the largest weight of a neuron is the range of its 8 bits"
+    notes = (how, _fitted(given, made.difference), *made.notes)
     if simulator == "xylosim":
-        given = {f.name: value for f in fields(made.network) if isinstance(value := getattr(made.network, f.name), np.ndarray)}
+        arrays = {f.name: value for f in fields(made.network) if isinstance(value := getattr(made.network, f.name), np.ndarray)}
         settings = {name: getattr(made.network, name) for name in ("shift_in", "shift_rec", "shift_out")}
         silent = np.zeros((max(lag.values()), *flat.shape[1:]), flat.dtype)
-        found = simulate("xylosim", settings, {**given, "spikes": np.concatenate([flat, silent])})
+        found = simulate("xylosim", settings, {**arrays, "spikes": np.concatenate([flat, silent])})
         theirs = {
             name: found.spikes[which][late : late + len(flat), :, first : first + size]
             for name, (which, first, size, late) in made.places.items()
         }
-        return _on_chip(simulator, found.version, graph, spikes, dt, theirs, rasters, lag, notes)
-    return _on_chip(simulator, "", graph, spikes, dt, rasters, values, lag, notes)
+        return _on_chip(simulator, found.version, given, theirs, rasters, lag, notes)
+    return _on_chip(simulator, "", given, rasters, given.expected, lag, notes)
 
 
 def _loihi2(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Rasters:
-    flat = _counts(simulator, spikes)
-    values, _ = _reference(graph, spikes, dt)
-    made = to_loihi2.quantize(graph, _calibration(flat), dt)
-    rasters = to_loihi2.rasters(made.layers, flat)
-    lag = {one.name: at for at, one in enumerate(made.layers, 1)}
+    given = _given_to_chip(simulator, graph, spikes, dt)
+    made = to_loihi2.quantize(given.graph, _calibration(given.spikes), dt)
+    traces = dict(zip((one.name for one in made.layers), loihi2.run(made.layers, given.spikes), strict=True))
+    rasters = {name: trace.aligned(len(given.spikes)) for name, trace in traces.items()}
+    lag = {name: trace.lag for name, trace in traces.items()}
     chosen = ", ".join(f"{one.name} {one.weight_exp} and {made.clips[one.name]:.0%}" for one in made.layers)
-    notes = (
-        f"exponent of the weights and share of the largest weight that is the range of 8 bits: {chosen}",
-        f"calibrated on {_calibration(flat).shape[1]} samples: {made.difference:.2%} of the spikes differ in number",
-        *made.notes,
-    )
+    how = f"exponent of the weights and share of the largest weight that is the range of 8 bits: {chosen}"
+    notes = (how, _fitted(given, made.difference), *made.notes)
     if simulator == "lava":
-        names = ("name", "du", "dv", "threshold", "weight_exp", "bias_exp")
-        arrays = {f"{what}:{one.name}": getattr(one, what) for one in made.layers for what in ("weights", "bias")}
-        settings = {"layers": [{name: getattr(one, name) for name in names} for one in made.layers]}
-        found = simulate("lava", settings, {**arrays, "spikes": flat})
-        theirs = {name: found.aligned(name, len(flat)) for name in rasters}
-        return _on_chip(simulator, found.version, graph, spikes, dt, theirs, rasters, found.lag, notes)
-    return _on_chip(simulator, "", graph, spikes, dt, rasters, values, lag, notes)
+        found = simulate("lava", *to_loihi2.for_lava(made.layers, traces, given.spikes))
+        theirs = {name: found.aligned(name, len(given.spikes)) for name in rasters}
+        return _on_chip(simulator, found.version, given, theirs, rasters, found.lag, notes)
+    return _on_chip(simulator, "", given, rasters, given.expected, lag, notes)
+
+
+def _speck(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Rasters:
+    given = _given_to_chip(simulator, graph, spikes, dt)
+    made = to_speck.quantize(given.graph, _calibration(given.spikes), dt)
+    rasters = to_speck.rasters(made.layers, given.spikes)
+    chosen = ", ".join(f"{one.name} {one.threshold} and {made.clips[one.name]:.0%}" for one in made.layers)
+    how = f"threshold in units of the weights and share of the largest weight that is the range of 8 bits: {chosen}"
+    notes = (how, _fitted(given, made.difference), *made.notes)
+    return _on_chip(simulator, "", given, rasters, given.expected, dict.fromkeys(rasters, 0), notes)
+
+
+def _fitted(given: _OnChip, difference: float) -> str:
+    samples = _calibration(given.spikes).shape[1]
+    return f"calibrated on {samples} samples: {difference:.2%} of the spikes differ in number"
 
 
 def _on_chip(
-    simulator: str, version: str, graph: Any, given: Array, dt: float | None, rasters: Mapping[str, Array],
-    expected: Mapping[str, Array], lag: Mapping[str, int], notes: tuple[str, ...],
+    simulator: str, version: str, given: _OnChip, rasters: Mapping[str, Array], expected: Mapping[str, Array],
+    lag: Mapping[str, int], notes: tuple[str, ...],
 ) -> Rasters:  # fmt: skip
     """Rasters in the graph's shapes. A vendor's simulator (it has a version) has to agree in every spike."""
-    shapes = network(graph).shapes
-    found, wanted = ({n: x.reshape(*given.shape[:2], *shapes[n]) for n, x in group.items()} for group in (rasters, expected))
-    outputs = _following(graph, given, dt, found)
+    shapes, ends = network(given.graph).shapes, given.spikes.shape[:2]
+    found, wanted = ({n: x.reshape(*ends, *shapes[n]) for n, x in group.items()} for group in (rasters, expected))
+    entry = next(name for name, node in given.graph.nodes.items() if kind(node) == "Input")
+    outputs = _following(given.graph, given.spikes.reshape(*ends, *shapes[entry]), given.dt, found)
+    notes = (*given.notes, *notes)
     return Rasters(simulator, version, found, {n: wanted[n] for n in found}, lag, bool(version), outputs, notes)
 
 
@@ -272,7 +336,11 @@ _RUN: Mapping[str, Callable[[str, Any, Array, float | None], Rasters]] = {
     "xylosim": _xylo,
     "loihi2": _loihi2,
     "lava": _loihi2,
+    "speck": _speck,
 }
 
 NAMES = tuple(_RUN)
 """What may stand behind ``sim:``."""
+
+CHIPS = ("xylo", "xylosim", "loihi2", "lava", "speck")
+"""Those that run a graph quantized to a chip."""

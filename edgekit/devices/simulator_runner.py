@@ -63,38 +63,83 @@ def xylosim(folder: str, settings: dict[str, Any], arrays: Arrays) -> Arrays:
 
 
 def lava(folder: str, settings: dict[str, Any], arrays: Arrays) -> Arrays:
-    """Intel's fixed-point model of Loihi; ``arrays`` has ``weights:<layer>`` and ``bias:<layer>``, settings the rest."""
+    """Intel's fixed-point model of Loihi.
+
+    ``arrays`` has ``weights:<layer>:<number of the source>``, ``bias:<layer>`` and ``start:<layer>``, settings the rest.
+    """
     from lava.magma.core.run_conditions import RunSteps
     from lava.magma.core.run_configs import Loihi2SimCfg
-    from lava.proc.dense.process import Dense
+    from lava.proc.dense.process import DelayDense, Dense
     from lava.proc.io.sink import RingBuffer as Sink
     from lava.proc.io.source import RingBuffer as Source
     from lava.proc.lif.process import LIF
 
+    kinds = {"zero": LIF}
+    if any(layer["reset"] == "subtract" for layer in settings["layers"]):
+        kinds["subtract"] = _soft_lif()
     found: dict[str, list[Any]] = {}
-    layers, steps = settings["layers"], len(arrays["spikes"]) + len(settings["layers"])
+    layers = settings["layers"]
+    steps, silent = len(arrays["spikes"]) + len(layers), np.zeros((len(layers), arrays["spikes"].shape[2]), int)
     for n in range(arrays["spikes"].shape[1]):
-        silent = np.zeros((len(layers), arrays["spikes"].shape[2]), int)
-        before: Any = Source(data=np.concatenate([arrays["spikes"][:, n].astype(int), silent]).T)
-        sinks, neurons = {}, None
+        nodes: dict[str, Any] = {"": Source(data=np.concatenate([arrays["spikes"][:, n].astype(int), silent]).T)}
+        sinks = {}
         for layer in layers:
-            name, weights = layer["name"], arrays[f"weights:{layer['name']}"].astype(int)
-            dense = Dense(weights=weights, num_weight_bits=8, weight_exp=layer["weight_exp"])
-            neurons = LIF(
-                shape=(len(weights),), du=layer["du"], dv=layer["dv"], vth=layer["threshold"],
+            name, count = layer["name"], len(arrays[f"bias:{layer['name']}"])
+            neurons = kinds[layer["reset"]](
+                shape=(count,), du=layer["du"], dv=layer["dv"], vth=layer["threshold"], v=arrays[f"start:{name}"].astype(int),
                 bias_mant=arrays[f"bias:{name}"].astype(int), bias_exp=layer["bias_exp"],
             )  # fmt: skip
-            sinks[name] = Sink(shape=(len(weights),), buffer=steps)
-            before.s_out.connect(dense.s_in)
-            dense.a_out.connect(neurons.a_in)
+            for at, (source, late) in enumerate(layer["sources"]):
+                given = {"weights": arrays[f"weights:{name}:{at}"].astype(int), "num_weight_bits": 8}
+                given["weight_exp"] = layer["weight_exp"]
+                dense = DelayDense(**given, delays=late, max_delay=late) if late else Dense(**given)
+                nodes[source].s_out.connect(dense.s_in)
+                dense.a_out.connect(neurons.a_in)
+            sinks[name] = Sink(shape=(count,), buffer=steps)
             neurons.s_out.connect(sinks[name].a_in)
-            before = neurons
-        before.run(RunSteps(steps), Loihi2SimCfg(select_tag="fixed_pt"))
+            nodes[name] = neurons
+        neurons.run(RunSteps(steps), Loihi2SimCfg(select_tag="fixed_pt"))
         for name, sink in sinks.items():
             found.setdefault(f"spikes:{name}", []).append(sink.data.get().T.astype(np.uint8))
-        before.stop()
-    lags = {f"lag:{layer['name']}": np.array(at) for at, layer in enumerate(layers, 1)}
+        neurons.stop()
+    lags = {f"lag:{layer['name']}": np.array(layer["lag"]) for layer in layers}
     return {**{name: np.stack(values, 1) for name, values in found.items()}, **lags}
+
+
+def _soft_lif() -> Any:
+    """lava's LIF with a reset of one's own: it subtracts the threshold, as a neuron program of Loihi 2 would."""
+    from lava.magma.core.decorator import implements, requires, tag
+    from lava.magma.core.model.py.ports import PyOutPort
+    from lava.magma.core.model.py.type import LavaPyType
+    from lava.magma.core.resources import CPU
+    from lava.magma.core.sync.protocols.loihi_protocol import LoihiProtocol
+    from lava.proc.lif.models import AbstractPyLifModelFixed
+    from lava.proc.lif.process import LIF
+
+    class SoftLIF(LIF):  # type: ignore[misc]
+        pass
+
+    @implements(proc=SoftLIF, protocol=LoihiProtocol)
+    @requires(CPU)
+    @tag("fixed_pt")
+    class PySoftLifModel(AbstractPyLifModelFixed):  # type: ignore[misc]
+        s_out = LavaPyType(PyOutPort.VEC_DENSE, np.int32, precision=24)
+        vth = LavaPyType(int, np.int32, precision=17)
+
+        def scale_threshold(self) -> None:
+            self.level = np.left_shift(self.vth, self.vth_shift)
+            self.isthrscaled = True
+
+        def spiking_activation(self) -> Any:
+            return self.v > self.level
+
+        def reset_voltage(self, spike_vector: Any) -> None:
+            self.v[spike_vector] -= self.level
+
+    for made in (SoftLIF, PySoftLifModel):  # lava's processes look classes up in their module
+        globals()[made.__name__] = made
+        made.__qualname__ = made.__name__
+    return SoftLIF
 
 
 def _steps(net: Any, spikes: Any, start: Any) -> Any:
@@ -218,6 +263,8 @@ def sinabs(folder: str, settings: dict[str, Any], arrays: Arrays) -> Arrays:
     for name, how in settings["neurons"].items():
         neuron = modules[name]
         neuron.spike_fn, neuron.min_v_mem = activation.SingleSpike, None
+        if how["most"] > 1:
+            neuron.spike_fn = activation.MaxSpike(how["most"])
         neuron.reset_fn = activation.MembraneSubtract() if how["reset"] == "subtract" else activation.MembraneReset()
         shape = graph.nodes[name].v_threshold.shape
         neuron.spike_threshold.data = torch.tensor(how["threshold"], dtype=torch.float64)

@@ -44,6 +44,21 @@ class OnDevice:
         found: Artifact = get(self.target).inspect(path, program)
         return found
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether the device runs other numbers than the file's, as a chip does."""
+        return bool(getattr(self.device, "quantizes", False))
+
+    @property
+    def notes(self) -> list[str]:
+        """What the device told of its last run."""
+        return list(getattr(self.device, "told", ()))
+
+    @property
+    def wrong(self) -> list[str]:
+        """What of its last run may not be."""
+        return list(getattr(self.device, "wrong", ()))
+
     def readback(self, path: Path, program: FrozenProgram) -> list[Mismatch]:
         """The target's."""
         return list(get(self.target).readback(path, program))

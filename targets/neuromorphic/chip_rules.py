@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from edgekit.errors import UnsupportedError
 from edgekit.nir.semantics import FIRING, kind, rule
 from edgekit.targets.neuromorphic import dynapcnn_rules, loihi_rules, xylo_rules
 from edgekit.targets.neuromorphic.breaches import Breach, over
 from edgekit.targets.neuromorphic.chips import Chip, Limit, chip
+from edgekit.targets.neuromorphic.host import parts, takes_values
 from edgekit.targets.neuromorphic.layers import Network, network
 
 __all__ = ["Fit", "check"]
@@ -51,25 +53,38 @@ def check(graph: Any, name: str) -> Fit:
     Raises:
         InputError: there is no such chip; UnsupportedError: the graph cannot be read as layers.
     """
-    found, net = chip(name), network(graph)
+    found, told = chip(name), list[str]()
+    values = list(_real_input(found, graph, told))
+    net = network(graph if values or not told else parts(graph, name).chip)
     used: dict[str, tuple[int, int]] = {}
     cores: dict[str, int] = {}
-    breaches = [*_neurons(found, net), *_KINDS[found.kind](found, net, used, cores)]
+    breaches = [*values, *_neurons(found, net), *_KINDS[found.kind](found, net, used, cores)]
     bits = [f"{what} to {found.limits[key].value} bits" for what, key in _ROUNDED.items() if key in found.limits]
     rounded = (
         f"the chip rounds {' and '.join(bits)}; `edgekit verify --device sim:...` says what that costs, where there is a model"
     )
-    return Fit(name, found.title, used, tuple(breaches), cores, (*found.notes, rounded))
+    return Fit(name, found.title, used, tuple(breaches), cores, (*told, *found.notes, rounded))
 
 
 _ROUNDED = {"weights": "weight_bits", "states": "state_bits"}
+
+
+def _real_input(found: Chip, graph: Any, told: list[str]) -> Iterator[Breach]:
+    """A graph that gets real values: what the host runs of it, told in a sentence; a breach where that cannot be cut off."""
+    if not takes_values(graph):
+        return
+    try:
+        told.append(f"the input is real-valued: {parts(graph, found.name).sentence()}; the rest is checked")
+    except UnsupportedError:
+        edit = "make the network with spiking: {encoding: rate}"
+        yield Breach("", "the input is", "spikes", "real values that several layers hear", edit, found.title)
 
 
 def _neurons(found: Chip, net: Network) -> Iterator[Breach]:
     """Kinds of neurons and their rules."""
     for layer in net.layers:
         which = kind(layer.node)
-        if which == "Output" and found.kind == "cores":
+        if which == "Output" and found.kind != "reservoir":
             continue  # a readout: the host applies its weights to spikes
         if which == "Output":
             yield Breach(layer.name, "ends in", "neurons", "weights", "add a layer of neurons behind them", found.title)

@@ -52,6 +52,7 @@ class Dialect:
         leak: "euler" (1 - dt / tau), or "exponential" (exp(-1 / tau), tau in steps).
         dt: step that the importer insists on; None: it is told.
         sums: whether a node may have several sources.
+        many: whether a neuron may spike several times a step.
         no_if, no_linear: an IF is written as a LIF without leak, a Linear as an Affine without bias.
     """
 
@@ -64,6 +65,7 @@ class Dialect:
     leak: str = "euler"
     dt: float | None = None
     sums: bool = False
+    many: bool = False
     no_if: bool = False
     no_linear: bool = False
 
@@ -82,7 +84,7 @@ DIALECTS: Mapping[str, Dialect] = {
     ),
     "sinabs": Dialect(
         _COMMON, ("subtract", "zero"), "ge", start=True, pool="SumPool2d", gain="added", leak="exponential",
-        no_linear=True,
+        no_linear=True, many=True,
     ),
 }  # fmt: skip
 """Simulators whose importers of NIR are used; versions are those of :data:`edgekit.devices.simulators.SIMULATORS`."""
@@ -219,7 +221,7 @@ def _neuron(work: _Work, name: str) -> None:
     node, dialect = work.flat.nodes[name], work.dialect
     p = {k: np.asarray(v, np.float64) for k, v in vars(node).items() if isinstance(v, np.ndarray | float | int)}
     how = rule(name, node)
-    if how.max_spikes > 1:
+    if how.max_spikes > 1 and not dialect.many:
         raise work.refuse(name, f"it emits up to {how.max_spikes} spikes a step")
     origin = p.get("v_leak", np.zeros(()))
     threshold = p["v_threshold"] - origin
@@ -244,6 +246,7 @@ def _neuron(work: _Work, name: str) -> None:
     work.nodes[name] = _written(work, node, rates, scale, np.full(shape, level))
     started = np.broadcast_to(start, shape).tolist() if np.any(start) else 0.0
     work.neurons[name] = {"reset": reset, "threshold": level, "v_init": started, "keeps": [1 - k for k in rates]}
+    work.neurons[name]["most"] = how.max_spikes
 
 
 def _reset(work: _Work, name: str, reset: str, value: Array) -> str:

@@ -24,7 +24,7 @@ from edgekit.nir.nodes import stateless
 from edgekit.nir.semantics import FIRING, INTEGRATING, kind
 from edgekit.targets.neuromorphic.layers import Network, network
 
-__all__ = ["AC_PICOJOULES", "MAC_PICOJOULES", "PROXY", "Cost", "LayerFigures", "count"]
+__all__ = ["AC_PICOJOULES", "MAC_PICOJOULES", "PROXY", "Cost", "LayerFigures", "count", "indicator"]
 
 AC_PICOJOULES, MAC_PICOJOULES = 0.9, 4.6
 PROXY = "energy is a proxy by convention (0.9 pJ an AC, 4.6 pJ a MAC, 45 nm, Horowitz 2014), not a measurement"
@@ -137,9 +137,9 @@ def _weights(net: Network, trace: Trace, name: str, samples: int) -> LayerFigure
     """Products of nonzero weights and nonzero inputs: the node itself, run on what is there of both."""
     arriving = _arriving(net, trace, name)
     flat = arriving.reshape(-1, *arriving.shape[2:])
-    node = _indicator(net.flat.nodes[name])
+    node = indicator(net.flat.nodes[name])
     there = float(stateless(name, node, (flat != 0).astype(np.float64)).sum()) / samples
-    dense = int(stateless(name, _indicator(net.flat.nodes[name], True), np.ones((1, *flat.shape[1:]))).sum())
+    dense = int(stateless(name, indicator(net.flat.nodes[name], True), np.ones((1, *flat.shape[1:]))).sum())
     spikes = bool(np.isin(flat, (-1.0, 0.0, 1.0)).all())
     return LayerFigures(name, kind(node), acs=there if spikes else 0.0, macs=0.0 if spikes else there, dense_macs=dense)
 
@@ -155,7 +155,7 @@ def _arriving(net: Network, trace: Trace, name: str) -> NDArray[np.float64]:
     return total
 
 
-def _indicator(node: Any, every: bool = False) -> Any:
+def indicator(node: Any, every: bool = False) -> Any:
     """The node with 1 for each weight that is not 0 (or for every one), and no bias."""
     import copy
 

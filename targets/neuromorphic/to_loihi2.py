@@ -20,9 +20,9 @@ from edgekit.nir import interpret
 from edgekit.nir.semantics import kind, rule, step_length
 from edgekit.targets.neuromorphic import loihi2
 from edgekit.targets.neuromorphic.layers import Layer, Network, matrices, network
-from edgekit.targets.neuromorphic.loihi2 import LoihiLayer
+from edgekit.targets.neuromorphic.loihi2 import LoihiLayer, Trace
 
-__all__ = ["Quantized", "quantize", "rasters"]
+__all__ = ["Quantized", "for_lava", "quantize", "rasters"]
 
 Array = NDArray[np.float64]
 _CLIPS = (1.0, 0.9, 0.8, 0.7)
@@ -48,41 +48,51 @@ class Quantized:
 
 
 def quantize(graph: Any, calibration: NDArray[Any], dt: float | None = None) -> Quantized:
-    """Round a chain of layers, each with the clipping whose spike counts are nearest to the graph's.
+    """Round layer by layer, each with the clipping whose spike counts are nearest to the graph's.
 
     Args:
         calibration: input spikes (T, N, I), 0 or 1.
 
     Raises:
-        UnsupportedError: what the chip's neuron or edgekit's chain of layers cannot do; names the node.
+        UnsupportedError: what the chip's neuron or its connections cannot do; names the node.
     """
     net, length = network(graph), step_length(graph, dt)
     wanted = interpret(graph, calibration.reshape(*calibration.shape[:2], *net.shapes[net.flat.inputs[0]]), dt=dt, record=None)
+    given = loihi2.padded(calibration, len(net.layers))
     made: list[LoihiLayer] = []
+    traces: dict[str, Trace] = {}
     clips, decays, notes, missed, total = {}, {}, list[str](), 0.0, 0.0
-    before = net.flat.inputs[0]
     for layer in net.layers:
         if kind(layer.node) == "Output":
-            notes.append(f"node {layer.name}: its weights are not on the chip; the host applies them to the spikes of {before}")
+            heard = ", ".join(name for name, _ in layer.sources)
+            notes.append(f"node {layer.name}: its weights are not on the chip; the host applies them to the spikes of {heard}")
             continue
-        _check(layer, before)
+        _check(layer)
         counts = wanted.values[layer.name].sum(0).reshape(calibration.shape[1], -1)
-        weights, bias, rates = _scaled(net, layer, length)
-        decays[layer.name] = rates
+        form = _scaled(net, layer, length)
+        decays[layer.name] = form.rates
         tried = []
         for clip in _CLIPS:
-            one = _rounded(layer.name, weights, bias, rates, clip, made, calibration)
-            spikes = loihi2.run([*made, one], calibration)[-1].aligned(len(calibration))
-            tried.append((float(np.abs(spikes.sum(0) - counts).sum()), clip, one))
-        score, clips[layer.name], chosen = min(tried, key=lambda entry: entry[0])
+            one, trace = _rounded(layer, form, clip, given, traces)
+            spikes = trace.aligned(len(calibration))
+            tried.append((float(np.abs(spikes.sum(0) - counts).sum()), clip, one, trace))
+        score, clips[layer.name], chosen, traces[layer.name] = min(tried, key=lambda entry: entry[0])
         made.append(chosen)
         missed, total = missed + score, total + float(counts.sum())
-        if rule(layer.name, layer.node).tie == "ge":
-            notes.append(f"node {layer.name}: spikes where v >= threshold in the graph, where v > threshold on the chip")
-        if np.any(chosen.bias) and len(made) > 1:
-            notes.append(f"node {layer.name}: its bias begins {len(made)} steps before its input arrives")
-        before = layer.name
+        notes += _notes(layer, chosen, traces[layer.name])
     return Quantized(tuple(made), clips, decays, missed / max(1.0, total), tuple(notes))
+
+
+def _notes(layer: Layer, chosen: LoihiLayer, trace: Trace) -> list[str]:
+    notes, how = [], rule(layer.name, layer.node)
+    if how.tie == "ge" and not _even(layer):
+        notes.append(f"node {layer.name}: spikes where v >= threshold in the graph, where v > threshold on the chip")
+    if how.reset == "subtract":
+        notes.append(f"node {layer.name}: reset by subtraction, a neuron program of one's own on Loihi 2; Loihi has none")
+    if np.any(chosen.bias) and trace.spikes[: trace.lag].any():
+        early = int(trace.spikes[: trace.lag].sum())
+        notes.append(f"node {layer.name}: its bias begins {trace.lag} steps before its input arrives, {early:,} spikes are early")
+    return notes
 
 
 def rasters(layers: tuple[LoihiLayer, ...], spikes: NDArray[Any]) -> dict[str, NDArray[np.bool_]]:
@@ -90,27 +100,56 @@ def rasters(layers: tuple[LoihiLayer, ...], spikes: NDArray[Any]) -> dict[str, N
     return {one.name: trace.aligned(len(spikes)) for one, trace in zip(layers, loihi2.run(layers, spikes), strict=True)}
 
 
+def for_lava(
+    layers: tuple[LoihiLayer, ...], traces: Mapping[str, Trace], spikes: NDArray[Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and arrays of lava's adapter (:mod:`edgekit.devices.simulator_runner`) for layers and input spikes."""
+    names = ("name", "du", "dv", "threshold", "weight_exp", "bias_exp", "reset")
+    described, arrays, before = [], {"spikes": np.asarray(spikes)}, dict[str, Trace]()
+    for one in layers:
+        facts, first = {name: getattr(one, name) for name in names}, 0
+        facts["sources"] = [list(source) for source in loihi2.heard(one, before)]
+        facts["lag"] = traces[one.name].lag
+        for at, (source, _) in enumerate(loihi2.heard(one, before)):
+            size = before[source].spikes.shape[2] if source else spikes.shape[2]
+            arrays[f"weights:{one.name}:{at}"] = one.weights[:, first : first + size]
+            first += size
+        arrays |= {f"bias:{one.name}": one.bias, f"start:{one.name}": np.zeros(len(one.bias)) if one.start is None else one.start}
+        described.append(facts)
+        before[one.name] = traces[one.name]
+    return {"layers": described}, arrays
+
+
 def _refusal(layer: Layer, reason: str) -> UnsupportedError:
     return UnsupportedError(f"loihi2: node {layer.name} ({kind(layer.node)}) cannot be expressed: {reason}")
 
 
-def _check(layer: Layer, before: str) -> None:
+def _check(layer: Layer) -> None:
     if kind(layer.node) not in ("IF", "LIF", "CubaLIF"):
         raise _refusal(layer, "edgekit has the arithmetic of the chip's IF, LIF and CubaLIF only")
-    if layer.sources != ((before, 0),):
-        heard = ", ".join(name for name, _ in layer.sources)
-        raise _refusal(layer, f"it hears {heard}; edgekit runs chains, each layer hearing the one before ({before})")
+    if layer.recurrent:
+        raise _refusal(layer, "it hears itself or a later layer; edgekit runs networks without cycles on it")
     how = rule(layer.name, layer.node)
     reset = np.asarray(layer.node.v_reset, float) if how.reset == "value" else np.zeros(())
-    leak, start = np.asarray(getattr(layer.node, "v_leak", 0.0), float), np.asarray(how.v_init, float)
-    if how.reset == "subtract" or np.any(reset) or np.any(leak) or np.any(start):
-        raise _refusal(layer, "the chip's neuron leaks to 0, begins there and is reset to it (reset 'zero')")
+    leak = np.asarray(getattr(layer.node, "v_leak", 0.0), float)
+    if np.any(reset) or np.any(leak):
+        raise _refusal(layer, "the chip's neuron leaks to 0 and is reset to it (reset 'zero'), or by its threshold ('subtract')")
     if how.max_spikes > 1:
         raise _refusal(layer, f"it emits up to {how.max_spikes} spikes a step")
 
 
-def _scaled(net: Network, layer: Layer, dt: float) -> tuple[Array, Array, Mapping[str, float]]:
-    """Weights and bias in units of the threshold, and the decays in the graph and on the chip."""
+@dataclass(frozen=True)
+class _Form:
+    """A layer in units of its threshold: weights of all sources side by side, bias, membrane before the input arrives, decays."""
+
+    weights: Array
+    bias: Array
+    start: Array
+    rates: Mapping[str, float]
+    sources: tuple[str, ...]
+
+
+def _scaled(net: Network, layer: Layer, dt: float) -> _Form:
     node, rates = layer.node, {"membrane": 0.0, "current": 1.0}
     if kind(node) == "IF":
         gain = np.asarray(node.r, float) * dt
@@ -125,10 +164,12 @@ def _scaled(net: Network, layer: Layer, dt: float) -> tuple[Array, Array, Mappin
         raise _refusal(layer, "a threshold is not above 0")
     factor = np.broadcast_to(gain / threshold, layer.shape).reshape(-1)
     found, bias = matrices(net, layer)
-    (matrix,) = found.values()
+    matrix = np.concatenate(list(found.values()), 1)
+    start = np.broadcast_to(np.asarray(rule(layer.name, node).v_init, float) / threshold, layer.shape).reshape(-1)
     chip = {"membrane": np.rint(4096 * rates["membrane"]) / 4096, "current": max(1.0, np.rint(4096 * rates["current"])) / 4096}
     both = {f"{what} {where}": float(v[what]) for what in rates for where, v in (("graph", rates), ("chip", chip))}
-    return matrix * factor[:, None], bias * factor, both
+    sources = tuple("" if name in net.flat.inputs else name for name, _ in layer.sources)
+    return _Form(matrix * factor[:, None], bias * factor, start, both, sources)
 
 
 def _one(layer: Layer, values: Array) -> float:
@@ -138,31 +179,52 @@ def _one(layer: Layer, values: Array) -> float:
     return float(found[0])
 
 
-def _rounded(
-    name: str, weights: Array, bias: Array, rates: Mapping[str, float], clip: float, made: list[LoihiLayer], spikes: NDArray[Any]
-) -> LoihiLayer:
+def _rounded(layer: Layer, form: _Form, clip: float, given: Any, before: Mapping[str, Trace]) -> tuple[LoihiLayer, Trace]:
     """The layer with the largest exponent at which its threshold fits and no state leaves 24 bits."""
+    weights, rates, name = form.weights, form.rates, layer.name
     mixed = bool(weights.min(initial=0.0) < 0 < weights.max(initial=0.0))
     largest = float(np.abs(weights).max(initial=0.0)) or 1.0
     scale = (254 if mixed else 255) / (clip * largest)
     step = 2 if mixed else 1
     limits = (-256, 254) if mixed else (-255, 255)
     integers = np.clip(step * np.rint(weights * scale / step), *limits).astype(np.int16)
-    last: LoihiLayer | None = None
+    lag = 1 + max(before[source].lag if source else 0 for source in form.sources)
+    reset = "subtract" if rule(name, layer.node).reset == "subtract" else "zero"
+    tie = float(_even(layer))
+    last: tuple[LoihiLayer, Trace] | None = None
     for exponent in range(7, -8, -1):
         unit = scale * 2.0**exponent  # of the chip's membrane, over 64
         threshold = int(np.rint(unit))
-        mantissa, bias_exp = _bias(bias * unit * 64)
+        mantissa, bias_exp = _bias(form.bias * unit * 64)
         if threshold > 131071 or mantissa is None:
             continue
-        dv, du = int(np.rint(4096 * rates["membrane chip"])), int(np.rint(4096 * rates["current chip"])) - 1
-        last = LoihiLayer(name, integers, mantissa, threshold, min(dv, 4095), du, exponent, bias_exp)
-        trace = loihi2.run([*made, last], spikes)[-1]
-        if not trace.wrapped and not trace.clipped:
+        dv, du = min(int(np.rint(4096 * rates["membrane chip"])), 4095), int(np.rint(4096 * rates["current chip"])) - 1
+        start = _earlier(form.start * unit * 64 + tie, mantissa.astype(float) * 2**bias_exp, 1 - dv / 4096, lag, threshold << 6)
+        one = LoihiLayer(name, integers, mantissa, threshold, dv, du, exponent, bias_exp, reset, start, form.sources)
+        last = (one, loihi2.follow(one, given, before))
+        if not last[1].wrapped and not last[1].clipped:
             return last
     if last is None:
         raise UnsupportedError(f"loihi2: node {name}: its threshold or bias is too large for its weights; rescale the layer")
     return last
+
+
+def _even(layer: Layer) -> bool:
+    """Whether one unit more at the start makes the chip's ``v > threshold`` the graph's ``v >= threshold`` for ever."""
+    how = rule(layer.name, layer.node)
+    return how.tie == "ge" and how.reset == "subtract" and kind(layer.node) == "IF"
+
+
+def _earlier(start: Array, bias: Array, kept: float, lag: int, threshold: int) -> NDArray[np.int32] | None:
+    """Membranes at the chip's first step from which biases alone lead to ``start`` when the input arrives, ``lag`` steps later.
+
+    What would have to begin above the threshold begins there.
+    """
+    grown = bias * (lag if kept == 1 else (1 - kept**lag) / (1 - kept))
+    with np.errstate(divide="ignore", over="ignore"):
+        needed = (start - grown) / kept**lag if kept else np.zeros_like(start)
+    made = np.rint(np.clip(needed, 1 - (1 << 23), min(threshold, (1 << 23) - 1))).astype(np.int32)
+    return made if made.any() else None
 
 
 def _bias(values: Array) -> tuple[NDArray[np.int16] | None, int]:

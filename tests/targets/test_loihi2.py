@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import chip_nets
 import numpy as np
@@ -14,7 +13,7 @@ import pytest
 from edgekit.devices import simulators
 from edgekit.devices.simulation import simulate
 from edgekit.errors import InputError
-from edgekit.targets.neuromorphic import loihi2
+from edgekit.targets.neuromorphic import loihi2, to_loihi2
 from edgekit.targets.neuromorphic.loihi2 import LoihiLayer
 
 DATA = Path(os.environ.get("EDGEKIT_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
@@ -87,13 +86,11 @@ if "lava" in simulators.installed():  # it needs a Python 3.10; benchmarks/snn_s
     @pytest.mark.slow
     def test_the_recording_is_what_lava_answers() -> None:
         layers, spikes = chip_nets.loihi("wrapping")
-        arrays: dict[str, Any] = {"spikes": spikes[:, :1]}
-        for layer in layers:
-            arrays |= {f"weights:{layer.name}": layer.weights, f"bias:{layer.name}": layer.bias}
-        names = ("name", "du", "dv", "threshold", "weight_exp", "bias_exp")
-        found = simulate("lava", {"layers": [{name: getattr(layer, name) for name in names} for layer in layers]}, arrays)
-        for layer, trace in zip(layers, loihi2.run(layers, spikes[:, :1]), strict=True):
-            assert np.array_equal(found.spikes[layer.name], trace.spikes) and found.lag[layer.name] == trace.lag
+        traces = loihi2.run(layers, spikes[:, :1])
+        named = dict(zip((layer.name for layer in layers), traces, strict=True))
+        found = simulate("lava", *to_loihi2.for_lava(tuple(layers), named, spikes[:, :1]))
+        for name, trace in named.items():
+            assert np.array_equal(found.spikes[name], trace.spikes) and found.lag[name] == trace.lag
 
 
 def test_the_trace_of_the_nir_paper_is_reproduced() -> None:

@@ -184,20 +184,21 @@ def _spiking_program(state: _State, captured: Graph, name: str, settings: Any, d
     program = freeze_spiking(state.spiking, name)
     warnings = [*_never_run(captured), *state.warnings]
     if settings.weights != "float":
-        from edgekit.compress.spiking.integer import integer_program
+        from edgekit.compress.spiking.integer import coarse_warnings, integer_program
 
         samples = next(iter(batches(data.calibration, settings.samples, inputs=len(state.spiking.sample), what="calibration")))
         program, layers = integer_program(program, samples, int(settings.weights.removeprefix("int")))
         state.passes[-1]["integers"] = [asdict(layer) for layer in layers]
-        if coarse := [layer.neuron for layer in layers if layer.coarse]:
-            warnings.append(
-                f"spiking: thresholds of {', '.join(coarse)} are under 16 units of current, which rounding shifts much"
-            )
+        warnings += coarse_warnings(layers)
     record = {
         "passes": list(state.passes),
         "unquantized": [[u.layer, u.op, u.reason] for u in program.unquantized],
         "warnings": warnings,
     }
+    if "early exit" in state.passes[-1]:
+        from edgekit.compress.spiking.confidence import exit_of
+
+        program = replace(program, exit=exit_of(record))
     return Compressed(program, state.spiking.module, record)
 
 

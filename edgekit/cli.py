@@ -111,6 +111,12 @@ def import_nir(
     tie: Annotated[
         str | None, typer.Option("--tie", help="For neurons that do not say it: a spike at v ge or gt threshold.")
     ] = None,
+    weights: Annotated[
+        str, typer.Option("--weights", help="float, or the integer form that firmware runs: int8, int4, int2.")
+    ] = "float",
+    inputs: Annotated[
+        Path | None, typer.Option("--inputs", help="Of the integer form: values (T, N, ...) as .npy or .npz that set its scales.")
+    ] = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -121,7 +127,12 @@ def import_nir(
 
     facts = {key: value for key, value in (("reset", reset), ("tie", tie)) if value is not None}
     program = to_program(read(file), steps, name=file.stem, encoding=encoding, readout=readout, dt=dt, facts=facts)
-    _finish(json, export_program, program, out, list(target or []))
+    made: Any = program
+    if weights != "float":
+        from edgekit.nir_integers import integer_form
+
+        made = integer_form(program, weights, inputs)
+    _finish(json, export_program, made, out, list(target or []))
 
 
 @app.command()

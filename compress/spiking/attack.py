@@ -106,10 +106,10 @@ def _part(op: str, args: Any, surrogate: str, layer: str) -> nn.Module:
         steps = int(args["steps"])
         if abs(args["gain"] * steps - 1) < 1e-9:
             return Decode(steps)
-    if op in ("if_sequence", "lif_sequence"):
+    if op in ("if_sequence", "lif_sequence", "cuba_lif_sequence"):
         return _Program(args, PDSG() if surrogate == "pdsg" else SURROGATES[surrogate])
     raise ModelError(
-        f"layer {layer}: {op} has no gradient; attacks take spiking programs of float neurons without synaptic currents"
+        f"layer {layer}: {op} has no gradient; attacks take spiking programs of float neurons without recurrence or delays"
     )
 
 
@@ -117,16 +117,27 @@ class _Program(Neuron):
     """A neuron with the arithmetic of its operator."""
 
     def __init__(self, args: Any, surrogate: Surrogate) -> None:
-        leaky = "tau" in args
+        tau = args.get("tau", args.get("tau_mem"))
+        leaky = tau is not None
         super().__init__(
             args["v_threshold"], args["v_init"], steps=int(args["steps"]), tau=1.5 if leaky else None, reset=args["reset"],
-            spikes=int(args["max_spikes"]),
+            spikes=int(args["max_spikes"]), tau_syn=2.0 if "tau_syn" in args else None,
         )  # fmt: skip
-        rate = args["dt"] / args["tau"].double() if leaky else args["r"].double() * args["dt"]
+        rate = args["dt"] / tau.double() if leaky else args["r"].double() * args["dt"]
         self.register_buffer("rate", rate.float())
         self.register_buffer("gain", args["r"].float())
         self.register_buffer("leak", args["v_leak"].float() if leaky else torch.tensor(0.0))
+        if "tau_syn" in args:
+            self.register_buffer("rise", (args["dt"] / args["tau_syn"].double()).float())
+            self.register_buffer("w_in", args["w_in"].float())
         self.surrogate = surrogate
+
+    def receive(self, i: Tensor) -> Tensor:
+        if self.tau_syn is None:
+            return i
+        before = torch.zeros_like(i) if self.current is None else self.current
+        self.current = before + self.get_buffer("rise") * (self.get_buffer("w_in") * i - before)
+        return self.current
 
     def integrate(self, v: Tensor, i: Tensor) -> Tensor:
         rate, gain, leak = (self.get_buffer(k) for k in ("rate", "gain", "leak"))

@@ -21,7 +21,7 @@ from edgekit.compress.spiking.settings import Spiking
 from edgekit.compress.spiking.unroll import SpikingNet
 from edgekit.data import Data
 from edgekit.errors import InputError
-from edgekit.frozen import FrozenProgram
+from edgekit.frozen import Exit, FrozenProgram
 
 __all__ = [
     "Exit",
@@ -39,14 +39,6 @@ __all__ = [
 
 NEVER = 1.01
 """A threshold that no confidence exceeds."""
-
-
-@dataclass(frozen=True)
-class Exit:
-    """When a sample stops: the first step with ``max softmax(sum of outputs / temperature) > threshold``, else the last."""
-
-    temperature: float
-    threshold: float
 
 
 @dataclass(frozen=True)
@@ -161,15 +153,24 @@ def _sums(net: SpikingNet, judge: Judge) -> Tensor:
 
 
 def run_early(
-    program: FrozenProgram, x: Tensor, rule: Exit, progress: Callable[[int, int], None] | None = None
+    program: FrozenProgram, x: Tensor, rule: Exit | None = None, progress: Callable[[int, int], None] | None = None
 ) -> tuple[Tensor, Tensor]:
     """A frozen spiking program with early exit: outputs (N, classes), means over the steps taken, and these steps (N,).
 
-    The same samples stop at the same steps as in :func:`replay` of its recorded outputs. Raises as
-    :func:`edgekit.frozen.stepping.steps_of`.
+    The same samples stop at the same steps as in :func:`replay` of its recorded outputs.
+
+    Args:
+        rule: None: the one that was chosen for the program.
+
+    Raises:
+        InputError: none was chosen.
+        ModelError: as :func:`edgekit.frozen.stepping.steps_of`.
     """
     from edgekit.frozen.stepping import run_until
 
+    rule = rule or program.exit
+    if rule is None:
+        raise InputError(f"program {program.name} has no early exit; add `early_exit: {{}}` to its spiking block, or give a rule")
     return run_until(program, x, lambda sums, _: confidences(sums, rule.temperature) > rule.threshold, progress)
 
 

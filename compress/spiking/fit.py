@@ -110,3 +110,5 @@ def _in_range(module: nn.Module) -> None:
             part.threshold.data.clamp_(min=1e-3)
             if part.leaky:
                 part.tau.data.clamp_(min=1.0)
+            if part.tau_syn is not None:
+                part.tau_syn.data.clamp_(min=1.0)

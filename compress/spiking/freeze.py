@@ -50,6 +50,7 @@ def stateless(net: SpikingNet) -> SpikingNet:
             raise ValueError(f"{net.sites[name].name}: {neuron.spikes} spikes a step are no comparison")
         kept = 1 - 1 / neuron.tau.detach() if neuron.leaky else torch.tensor(1.0)
         gain = 1 / neuron.tau.detach() if neuron.leaky and neuron.r == "one" else torch.tensor(1.0)
+        gain = gain if neuron.tau_syn is None else gain / neuron.tau_syn.detach()
         threshold = (neuron.threshold.detach() - kept * neuron.v_init) / gain
         net.module.set_submodule(name, _Step(threshold))
     return replace(net, module=net.module)
@@ -142,4 +143,13 @@ def _neuron(part: Neuron) -> FrozenOp:
         return FrozenOp("if_sequence", 1, {"r": one, **common}, **rules)
     tau = part.tau.detach().clone()
     r = tau.clone() if part.r == "tau" else one
+    if part.tau_syn is not None:
+        constants = {
+            "tau_syn": part.tau_syn.detach().clone(),
+            "tau_mem": tau,
+            "r": r,
+            "v_leak": zero.clone(),
+            "w_in": one.clone(),
+        }
+        return FrozenOp("cuba_lif_sequence", 1, {**constants, **common}, **rules)
     return FrozenOp("lif_sequence", 1, {"tau": tau, "r": r, "v_leak": zero.clone(), **common}, **rules)

@@ -11,12 +11,14 @@ What is folded where:
 * currents of several layers into the same neurons (residual sums) get one unit for each channel, and one proof for their sum; a
   spike that skips the layers adds its amplitude in units, in 16 bits, which costs the weights none of theirs;
 * a first layer with real-valued input is an ordinary integer layer with 16-bit outputs, its unit chosen on calibration samples;
+* the current of a synapse (CubaLIF) is held in units of what it adds to the membrane; however long it lasts, it fits int16;
+* what the spikes of a recurrent layer give back has the unit of the currents that come in, and one proof with them;
 * the readout has one unit for all outputs, and is an int32 sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +28,7 @@ from torch import Tensor, fx, nn
 
 from edgekit.compress.ptq.freeze import bias_integers
 from edgekit.compress.spiking.integer_cells import THRESHOLD_MAX, Cell, bounds, compact, fitting_unit, rounded
-from edgekit.compress.spiking.integer_sums import joint
+from edgekit.compress.spiking.integer_sums import Joint, joint
 from edgekit.errors import ModelError, UnsupportedError
 from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module
 from edgekit.frozen.ops import integer_range
@@ -35,8 +37,9 @@ from edgekit.nir.from_program import to_nir
 from edgekit.nir.inference import encode
 from edgekit.nir.nodes import paddings, pair
 from edgekit.nir.semantics import FIRING, Flat, flatten, kind, step_length
+from edgekit.nir.to_module import looped
 
-__all__ = ["IntegerLayer", "integer_program"]
+__all__ = ["IntegerLayer", "coarse_warnings", "integer_program"]
 
 _COARSE = 16
 """Below this many units a threshold is said to be coarse."""
@@ -90,6 +93,16 @@ def integer_program(
     return _Integer(program, inputs, weight_bits).build(name or program.name)
 
 
+def coarse_warnings(layers: Sequence[IntegerLayer]) -> list[str]:
+    """A sentence that names the neurons whose thresholds are coarse; none if there are none."""
+    coarse = list(dict.fromkeys(layer.neuron for layer in layers if layer.coarse))
+    return (
+        [f"spiking: thresholds of {', '.join(coarse)} are under 16 units of current, which rounding shifts much"]
+        if coarse
+        else []
+    )
+
+
 @dataclass(frozen=True)
 class _Signal:
     """A value of the integer program.
@@ -135,8 +148,13 @@ class _Integer:
         if len(self.flat.inputs) != 1 or len(self.flat.outputs) != 1:
             raise ModelError("an integer spiking program has one input and one output")
         for group in self.flat.groups:
+            if (found := looped(self.flat, group)) is not None:
+                self._recurrent(*found)
+                continue
             if self.flat.is_cycle(group):
-                raise self._refused(group[0], "it is in a cycle, and integer programs have no recurrence")
+                raise self._refused(
+                    group[0], "it is in a cycle; integer programs have neurons whose spikes come back through one layer"
+                )
             self._node(group[0], self.flat.nodes[group[0]])
         module = fx.GraphModule(self.root, self.out)
         sample = torch.zeros(self.program.input_shapes[0])
@@ -269,7 +287,7 @@ class _Integer:
         neuron = Cell.of(after[0], target, self.dt, self._refused) if kind(target) in _NEURONS else None
         if neuron is not None:
             gain = neuron.gain.reshape(-1)
-            weight = weight * gain.reshape(-1, *[1] * (weight.dim() - 1))
+            weight = _times(weight, gain)
             bias = bias * gain + neuron.drive.reshape(-1)
         made = self._analogue if x.high is None else self._spiking
         node_, unit, currents = made(name, node, x, weight, bias, neuron)
@@ -280,7 +298,7 @@ class _Integer:
         self, name: str, node: Any, x: _Signal, weight: Tensor, bias: Tensor, neuron: Cell | None
     ) -> tuple[fx.Node, Tensor, tuple[int, int]]:
         counts, threshold = (x.low, int(x.high or 1)), None if neuron is None else neuron.largest(len(weight))
-        unit = fitting_unit(weight, bias, self.bits, counts, threshold)
+        unit = fitting_unit(weight, bias, self.bits, counts, threshold, room=1.0 if neuron is None else neuron.room)
         integers, offsets = rounded(weight, bias, unit, self.bits)
         return self._currents(name, node, x, integers, offsets, unit), unit, bounds(integers, offsets, counts)
 
@@ -293,6 +311,13 @@ class _Integer:
 
     def _summed(self, name: str, sources: Sequence[str], cell: Cell | None) -> tuple[fx.Node, Tensor]:
         """The int16 sum of several layers' currents and of spikes that skip them, and the unit of each channel."""
+        made, layers, skips = self._joined(name, sources, cell)
+        return self._total(name, made, layers, skips), made.unit
+
+    def _joined(
+        self, name: str, sources: Sequence[str], cell: Cell | None, more: Sequence[Tensor] = ()
+    ) -> tuple[Joint, list[str], dict[str, _Signal]]:
+        """The integers of a sum, its layers, and the spikes that skip them; ``more``: what else may be added (O,) in reals."""
         layers = [s for s in sources if s in self.branches]
         skips = {s: self.signals[s] for s in sources if s in self.signals}
         inputs = [*(self.branches[s][1] for s in layers), *skips.values()]
@@ -309,21 +334,56 @@ class _Integer:
         if any(x.shape[0] != len(bias) or (cell is not None and x.shape != cell.shape) for x in skips.values()):
             raise self._refused(name, f"it sums {', '.join(sources)}, which differ in shape")
         if cell is not None:
-            weights = [w * gain.reshape(-1, *[1] * (w.dim() - 1)) for w in weights]
+            weights = [_times(w, gain) for w in weights]
             bias = bias * gain + cell.drive.reshape(-1)
-        direct = [x.scale * (ones if x.gains is None else x.gains) * gain for x in skips.values()]
+        direct = [*(x.scale * (ones if x.gains is None else x.gains) * gain for x in skips.values()), *more]
         counts = min(x.low for x in inputs), max(int(x.high or 1) for x in inputs)
-        made = joint(weights, bias, direct, self.bits, counts, None if cell is None else cell.largest(len(bias)))
+        room, largest = (1.0, None) if cell is None else (cell.room, cell.largest(len(bias)))
+        made = joint(weights, bias, direct, self.bits, counts, largest, room)
+        self.layers += [self._row(s, name, cell, made.unit, made.bounds) for s in layers]
+        return made, layers, skips
+
+    def _total(self, name: str, made: Joint, layers: Sequence[str], skips: Mapping[str, _Signal]) -> fx.Node:
         total: fx.Node | None = None
-        for source, weight, offset in zip(layers, made.weights, made.biases, strict=True):
+        for source, weight, offset in zip(layers, made.weights, made.biases, strict=False):
             current = self._currents(source, *self.branches[source][:2], weight, offset, made.unit)
             total = current if total is None else self._add(f"{source}_sum", FrozenOp("add_currents", 2, {}), total, current)
         assert total is not None
-        for source, amplitude in zip(skips, made.amplitudes, strict=True):
+        for source, amplitude in zip(skips, made.amplitudes, strict=False):
             part = FrozenOp("add_spikes", 2, {"amplitude": amplitude.to(torch.int16)})
             total = self._add(f"{name}_from_{source}".replace(".", "_"), part, total, skips[source].node)
-        self.layers += [self._row(s, name, cell, made.unit, made.bounds) for s in layers]
-        return total, made.unit
+        return total
+
+    def _recurrent(self, name: str, back: str) -> None:
+        """Neurons and the layer from their spikes back to themselves, which has the unit of the currents that come in."""
+        cell = Cell.of(name, self.flat.nodes[name], self.dt, self._refused)
+        node, gain = self.flat.nodes[back], cell.gain.reshape(-1)
+        weight = torch.from_numpy(np.asarray(node.weight, np.float64))
+        bias = gain * torch.from_numpy(np.asarray(getattr(node, "bias", np.zeros(len(weight))), np.float64))
+        sources = [s for s in self.flat.sources[name] if s != back]
+        first = self.branches.get(sources[0])
+        if len(sources) == 1 and first is not None and first[1].high is None:
+            layer, x, w, b = first
+            most = _times(weight, gain).flatten(1).abs()
+            back_most = float((most.sum(1) * cell.max_spikes + bias.abs()).max())
+            least = float(most.max()) / integer_range(self.bits)[1]
+            drive = b * gain + cell.drive.reshape(-1)
+            current, unit, span = self._analogue(sources[0], layer, x, _times(w, gain), drive, cell, back_most, least)
+            integers, offsets = rounded(_times(weight, gain), bias, unit, self.bits)
+            self.layers += [self._row(s, name, cell, unit, span) for s in (sources[0], back)]
+        else:
+            own = _Signal(self.out.find_nodes(op="placeholder")[0], 1.0, cell.shape, 0, 0, cell.max_spikes)
+            self.branches[back] = node, own, weight, 0 * bias
+            made, layers, skips = self._joined(name, [*sources, back], cell, [bias])
+            if len(layers) < 2:
+                raise self._refused(name, f"it gets {', '.join(sources)}; at least one must be a layer with weights")
+            current, unit = self._total(name, made, layers[:-1], skips), made.unit
+            integers, offsets = made.weights[-1], made.amplitudes[-1]
+        buffers = {key: compact(value).to(torch.int16) for key, value in cell.integers(unit).items()}
+        buffers |= {"weight": integers, "weight_scale": unit.float(), "bias": offsets.to(torch.int16)}
+        rules: dict[str, Any] = {"steps": self.steps, "reset": cell.reset, "max_spikes": cell.max_spikes}
+        made_ = self._add(name, FrozenOp("qlif_recurrent", 1, buffers, **rules, weight_bits=self.bits), current)
+        self.signals[name] = _Signal(made_, 1.0, cell.shape, 0, 0, cell.max_spikes)
 
     def _row(self, layer: str, to: str, cell: Cell | None, unit: Tensor, currents: tuple[int, int]) -> IntegerLayer:
         thresholds = None if cell is None else cell.integers(unit)["threshold"]
@@ -332,15 +392,21 @@ class _Integer:
         return IntegerLayer(layer, "" if cell is None else to, self.bits, units, span, currents)
 
     def _analogue(
-        self, name: str, node: Any, x: _Signal, weight: Tensor, bias: Tensor, neuron: Cell | None
-    ) -> tuple[fx.Node, Tensor, tuple[int, int]]:
-        """An ordinary integer layer with 16-bit outputs; with constant input once for all steps."""
+        self, name: str, node: Any, x: _Signal, weight: Tensor, bias: Tensor, neuron: Cell | None,
+        back: float = 0.0, least: float = 1e-9,
+    ) -> tuple[fx.Node, Tensor, tuple[int, int]]:  # fmt: skip
+        """An ordinary integer layer with 16-bit outputs; with constant input once for all steps.
+
+        Args:
+            back: the most that recurrent spikes add to it.
+            least: smallest unit of current.
+        """
         seen = interpret(self.graph, {n: v[:1] if self._still(x) else v for n, v in self.samples.items()}, record=[name])
         current = torch.from_numpy(seen.values[name]).flatten(0, 1)
         if neuron is not None:
             channels = (-1, *[1] * (current.dim() - 2))
             current = current * neuron.gain.reshape(channels) + neuron.drive.reshape(channels)
-        unit = max(float(current.abs().max()) * _MARGIN / 32767, 1e-9)
+        unit = max((float(current.abs().max()) * _MARGIN + back) * (1.0 if neuron is None else neuron.room) / 32767, least)
         if neuron is not None:
             unit = max(unit, float(neuron.largest(len(weight)).max()) / THRESHOLD_MAX)
         unit = float(np.float32(unit))
@@ -374,6 +440,9 @@ class _Integer:
             )
         current, unit = self.currents[sources[0]] if len(sources) == 1 else self._summed(name, sources, cell)
         buffers = {key: compact(value).to(torch.int16) for key, value in cell.integers(unit).items()}
+        fade = buffers.pop("decay_syn")
+        if cell.fade is not None:
+            current = self._add(f"{name}_current", FrozenOp("qsynapse_sequence", 1, {"decay": fade}, steps=self.steps), current)
         rules: dict[str, Any] = {"steps": self.steps, "reset": cell.reset, "max_spikes": cell.max_spikes}
         made = self._add(name, FrozenOp("qlif_sequence", 1, buffers, **rules), current)
         self.signals[name] = _Signal(made, 1.0, cell.shape, 0, 0, cell.max_spikes)
@@ -393,3 +462,8 @@ class _Integer:
         else:
             node = self._add("readout", FrozenOp("unfold_steps", 1, {}, steps=self.steps), node)
         self.out.output(self._add("readout_dequantize", FrozenOp("dequantize", 1, {}, scale=scale, zero_point=0), node))
+
+
+def _times(weight: Tensor, gain: Tensor) -> Tensor:
+    """Weights (O, ...) times a factor of each output."""
+    return weight * gain.reshape(-1, *[1] * (weight.dim() - 1))

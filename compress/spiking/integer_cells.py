@@ -13,7 +13,7 @@ from torch import Tensor
 from edgekit.errors import ModelError
 from edgekit.frozen.ops import integer_range
 from edgekit.frozen.spiking_ops import NO_LEAK, current_bounds
-from edgekit.nir.semantics import kind, rule
+from edgekit.nir.semantics import FIRING, kind, rule
 
 __all__ = ["THRESHOLD_MAX", "Cell", "bounds", "compact", "fitting_unit", "in_units", "rounded"]
 
@@ -33,6 +33,8 @@ class Cell:
     reset: str
     max_spikes: int
     shape: tuple[int, ...]
+    fade: Tensor | None = None
+    """What is left of a synaptic current after a step; None: all of it is gone."""
 
     @classmethod
     def of(cls, name: str, node: Any, dt: float, refused: Callable[[str, str], ModelError]) -> Cell:
@@ -43,18 +45,23 @@ class Cell:
             shape = tuple(np.shape(node.threshold))
             one, zero = torch.ones(shape[0], dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
             return cls(one, 0 * one, zero, real(node.threshold, shape), zero, "zero", 1, shape)
-        if kind(node) not in ("LIF", "IF"):
-            raise refused(name, f"{kind(node)} has no integer form; use LIF or IF")
+        if kind(node) not in FIRING:
+            raise refused(name, f"{kind(node)} has no integer form; use LIF, IF or CubaLIF")
         shape, how = tuple(np.shape(node.r)), rule(name, node)
         if how.reset == "value" and np.any(np.asarray(node.v_reset)):
             raise refused(name, "it resets to a value; integer neurons subtract the threshold or reset to 0")
-        r = real(node.r, shape)
-        if kind(node) == "IF":
+        r, fade = real(node.r, shape), None
+        if kind(node) == "CubaLIF":
+            k, rise = dt / real(node.tau_mem, shape), dt / real(node.tau_syn, shape)
+            gain, drive, keep, fade = k * r * rise * real(node.w_in, shape), 0 * r, 1 - k, 1 - rise
+            if np.any(np.asarray(node.v_leak)):
+                raise refused(name, "its leak potential is not 0")
+        elif kind(node) == "IF":
             gain, drive, keep = r * dt, torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)
         else:
             k = dt / real(node.tau, shape)
             gain, drive, keep = k * r, k * real(node.v_leak, shape), 1 - k
-        if float(keep.min()) < 0:
+        if float(keep.min()) < 0 or (fade is not None and float(fade.min()) < 0):
             raise refused(name, "its time constant is shorter than a step")
         channels = []
         for value in (gain, drive):
@@ -64,7 +71,12 @@ class Cell:
             channels.append(flat[:, 0])
         reset = "subtract" if how.reset == "subtract" else "zero"
         threshold, start = real(node.v_threshold, shape), real(how.v_init, shape)
-        return cls(channels[0], channels[1], keep, threshold, start, reset, how.max_spikes, shape)
+        return cls(channels[0], channels[1], keep, threshold, start, reset, how.max_spikes, shape, fade)
+
+    @property
+    def room(self) -> float:
+        """How many times the largest current of a step a current that fades can become."""
+        return 1.0 if self.fade is None else min(1 / (1 - float(self.fade.max()) + 1e-9), 1e4)
 
     def largest(self, channels: int) -> Tensor:
         """Largest threshold of each channel."""
@@ -73,12 +85,16 @@ class Cell:
     def integers(self, unit: Tensor) -> dict[str, Tensor]:
         """Threshold, decay and initial membrane in units of current, int64, of the neurons' shape."""
         of = unit.reshape(-1, *[1] * (len(self.shape) - 1))
-        decay = torch.round(self.keep * 32768).clamp(0, NO_LEAK - 1)
         return {
             "threshold": torch.round(self.threshold / of).clamp(1, 32767).to(torch.int64),
-            "decay": torch.where(self.keep >= 1, NO_LEAK, decay).to(torch.int64),
+            "decay": _q15(self.keep),
+            "decay_syn": _q15(self.fade) if self.fade is not None else torch.zeros(self.shape, dtype=torch.int64),
             "v_init": torch.round(self.v_init / of).clamp(-32768, 32767).to(torch.int64),
         }
+
+
+def _q15(kept: Tensor) -> Tensor:
+    return torch.where(kept >= 1, NO_LEAK, torch.round(kept * 32768).clamp(0, NO_LEAK - 1)).to(torch.int64)
 
 
 def compact(value: Tensor) -> Tensor:
@@ -107,11 +123,14 @@ def in_units(direct: Tensor, unit: Tensor) -> Tensor:
 
 
 def fitting_unit(
-    weight: Tensor, bias: Tensor, bits: int, spikes: tuple[int, int], threshold: Tensor | None, direct: Tensor | None = None
-) -> Tensor:
+    weight: Tensor, bias: Tensor, bits: int, spikes: tuple[int, int], threshold: Tensor | None, direct: Tensor | None = None,
+    room: float = 1.0,
+) -> Tensor:  # fmt: skip
     """The unit of each channel, float64; one for all where there is no threshold (a readout).
 
-    ``direct`` (O, n): what spikes of shortcuts add, held in 16 bits.
+    Args:
+        direct: (O, n), what spikes of shortcuts add, held in 16 bits.
+        room: how many times the current must fit 16 bits.
     """
     unit = (weight.flatten(1).abs().amax(1) / integer_range(bits)[1]).clamp(min=1e-12)
     if threshold is not None:
@@ -125,7 +144,7 @@ def fitting_unit(
         every = integers.flatten(1).long()
         every = every if direct is None else torch.cat([every, in_units(direct, unit)], 1)
         spans = [bounds(w[None], b[None], spikes) for w, b in zip(every, offsets, strict=True)]
-        over = torch.tensor([max(-low / 32768, high / 32767) for low, high in spans], dtype=torch.float64)
+        over = torch.tensor([max(-low / 32768, high / 32767) for low, high in spans], dtype=torch.float64) * room
         over = over if threshold is not None else over.max().expand(len(over))
         if float(over.max()) <= 1:
             return unit

@@ -39,6 +39,7 @@ def joint(
     bits: int,
     spikes: tuple[int, int],
     threshold: Tensor | None,
+    room: float = 1.0,
 ) -> Joint:
     """The integers of layers whose currents are summed.
 
@@ -50,10 +51,11 @@ def joint(
         direct: float64 (O,), what a spike of each shortcut adds.
         spikes: least and largest spike count of all inputs.
         threshold: float64 (O,), largest of each channel; None for a readout.
+        room: how many times the sum must fit 16 bits.
     """
     columns = torch.cat([w.flatten(1) for w in weights], 1)
     skipped = torch.stack(list(direct), 1) if direct else None
-    unit = fitting_unit(columns, bias, bits, spikes, threshold, skipped)
+    unit = fitting_unit(columns, bias, bits, spikes, threshold, skipped, room)
     integers, offsets = rounded(columns, bias, unit, bits)
     parts = torch.split(integers, [w[0].numel() for w in weights], 1)
     amplitudes = () if skipped is None else tuple(in_units(skipped, unit).unbind(1))

@@ -4,6 +4,7 @@ One step is: integrate, compare, reset (docs/spiking.md)::
 
     integrate-and-fire           v = v + i
     leaky integrate-and-fire     v = v + (1/tau) * ((0 - v) + r * i)
+    current-based (tau_syn)      j = j + (1/tau_syn) * (i - j), then as leaky with j in the place of i
     spike                        s = v >= threshold
     reset                        subtract: v = v - threshold * s;   zero: v = 0 where s
 
@@ -105,8 +106,9 @@ class Neuron(nn.Module):
         threshold: shape () or one that broadcasts against one sample (C, 1, 1); more than 0.
         v_init: membrane before the first step, the same shapes or one sample's.
         tau: time constant of the leak in steps; None: none (integrate-and-fire).
+        tau_syn: time constant of the synaptic current in steps; None: it does not stay.
         r: what a leaky neuron's current is multiplied with, "one" (NIR's default) or "tau", which takes the current whole.
-        learn: which of "threshold" and "tau" are parameters.
+        learn: which of "threshold" and "tau" are parameters; "tau": tau_syn with it.
         spikes: most spikes of one step.
 
     Attributes:
@@ -121,6 +123,7 @@ class Neuron(nn.Module):
         *,
         steps: int = 1,
         tau: float | None = None,
+        tau_syn: float | None = None,
         r: Literal["one", "tau"] = "tau",
         reset: Reset = "subtract",
         surrogate: str = "triangle",
@@ -136,6 +139,8 @@ class Neuron(nn.Module):
         self.tau: Tensor
         self._put("threshold", torch.as_tensor(threshold, dtype=torch.float32), "threshold" in learn)
         self._put("tau", torch.tensor(1.0 if tau is None else tau), "tau" in learn and tau is not None)
+        self.tau_syn: Tensor | None
+        self._put("tau_syn", None if tau_syn is None else torch.tensor(tau_syn), "tau" in learn and tau_syn is not None)
         self.v_init: Tensor
         self.register_buffer("v_init", torch.as_tensor(v_init, dtype=torch.float32))
         self.amplitude: Tensor | None = None
@@ -143,9 +148,18 @@ class Neuron(nn.Module):
         self.recorded: Tensor | None = None
         self.carried = False
         self.state: Tensor | None = None
+        self.current: Tensor | None = None
 
-    def _put(self, name: str, value: Tensor, learn: bool) -> None:
-        self.register_parameter(name, nn.Parameter(value)) if learn else self.register_buffer(name, value)
+    def _put(self, name: str, value: Tensor | None, learn: bool) -> None:
+        self.register_parameter(name, nn.Parameter(value)) if learn and value is not None else self.register_buffer(name, value)
+
+    def receive(self, i: Tensor) -> Tensor:
+        """The current that reaches the membrane in a step."""
+        if self.tau_syn is None:
+            return i
+        before = torch.zeros_like(i) if self.current is None else self.current
+        self.current = before + (1 / self.tau_syn) * (i - before)
+        return self.current
 
     def integrate(self, v: Tensor, i: Tensor) -> Tensor:
         """The membrane after one step's current."""
@@ -156,18 +170,18 @@ class Neuron(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         sequence = x.reshape(self.steps, -1, *x.shape[1:])
         v = self.state if self.carried and self.state is not None else self.v_init.expand_as(sequence[0])
+        self.current = self.current if self.carried else None
         out = []
         membranes = []
         for i in sequence:
-            v = self.integrate(v, i)
+            v = self.integrate(v, self.receive(i))
             s = fire(v, self.threshold, self.surrogate, self.spikes)
             back = s.detach() if self.detach_reset else s
             v = v - self.threshold * back if self.reset == "subtract" else v * (1 - back.clamp(max=1))
             out.append(s)
             if self.record:
                 membranes.append(v)
-        if self.carried:
-            self.state = v
+        self.state, self.current = (v, self.current) if self.carried else (None, None)
         if self.record:
             self.recorded = torch.stack(membranes)
         spikes = torch.stack(out).reshape(x.shape)
@@ -254,6 +268,8 @@ def carry(module: nn.Module, on: bool) -> None:
     for part in module.modules():
         if isinstance(part, Neuron | CountedMax):
             part.carried, part.state = on, None
+            if isinstance(part, Neuron):
+                part.current = None
 
 
 def detach_state(module: nn.Module) -> None:
@@ -261,6 +277,8 @@ def detach_state(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, Neuron | CountedMax) and part.state is not None:
             part.state = part.state.detach()
+            if isinstance(part, Neuron) and part.current is not None:
+                part.current = part.current.detach()
 
 
 def neurons_of(module: nn.Module) -> dict[str, Neuron]:

@@ -54,15 +54,17 @@ class Spiking:
         encoding: ``direct``: the first layers get the input as a constant current, once for all steps. ``rate``: a layer of
             neurons makes spikes of it (deterministic rate coding) and everything behind it is fed by spikes, as chips need it.
         levels: levels of the trained activation of ``qcfs``; ``steps`` if left out.
-        neuron: of ``train``: integrate-and-fire, leaky, or leaky with a learned time constant.
+        neuron: of ``train``: integrate-and-fire, leaky (``lif``), or leaky with a learned time constant (``plif``); ``cuba`` and
+            ``cuba_plif``: these with a synapse whose current stays for a while, and both time constants learned.
         tau: time constant of leaky neurons, in steps.
+        tau_syn: time constant of the synapses of ``cuba`` neurons, in steps; 2 if left out.
         reset: of ``train``: ``subtract`` (soft) or ``zero`` (hard); conversion needs subtract.
         spikes: most spikes of a neuron in a step.
         learn_threshold: thresholds of ``train`` are learned.
         surrogate: derivative of a spike.
         rule: of ``train``: ``bptt``; ``sltt``: gradients through space only, memory of one step (Meng et al. 2023); ``sltt_k``:
             in ``backward_steps`` of the steps only.
-        backward_steps: of ``sltt_k``.
+        backward_steps: of ``sltt_k``; 1 if left out.
         stages: of ``train``: numbers of steps trained one after the other, each from the weights, thresholds and leaks of the
             one before (IIR-SNN, Chowdhury et al. 2022), such as [5, 3, 1]; the last one is frozen, in place of ``steps``.
         frames: the input holds the steps, (N, T, ...), as event frames; the model is an ``edgekit.compress.spiking.Frames``.
@@ -91,14 +93,15 @@ class Spiking:
     schedule: Literal["streaming", "layered"] = "streaming"
     encoding: Literal["direct", "rate"] = "direct"
     levels: Annotated[int, Field(ge=1, le=255)] | None = None
-    neuron: Literal["if", "lif", "plif"] = "if"
+    neuron: Literal["if", "lif", "plif", "cuba", "cuba_plif"] = "if"
     tau: Annotated[float, Field(gt=1)] = 2.0
+    tau_syn: Annotated[float, Field(ge=1)] | None = None
     reset: Literal["subtract", "zero"] = "subtract"
     spikes: Annotated[int, Field(ge=1, le=127)] = 1
     learn_threshold: bool = True
     surrogate: Literal["triangle", "rectangle", "sigmoid", "arctangent", "linear"] = "triangle"
     rule: Literal["bptt", "sltt", "sltt_k"] = "bptt"
-    backward_steps: Annotated[int, Field(ge=1)] = 1
+    backward_steps: Annotated[int, Field(ge=1)] | None = None
     stages: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = ()
     frames: bool = False
     epochs: Annotated[int, Field(ge=1)] = 5
@@ -131,6 +134,10 @@ class Spiking:
             raise ValueError("frames is for method train: a converted network gets a constant input")
         if self.frames and self.encoding != "direct":
             raise ValueError("encoding rate is for inputs without steps; frames hold what each step gets")
-        if self.rule == "sltt_k" and self.backward_steps > min((self.steps, *self.stages)):
+        if self.backward_steps is not None and self.rule != "sltt_k":
+            raise ValueError(f"backward_steps is for rule sltt_k; {self.rule} goes back through every step")
+        if self.tau_syn is not None and not self.neuron.startswith("cuba"):
+            raise ValueError(f"tau_syn is for neurons cuba and cuba_plif; {self.neuron} has no synaptic current")
+        if self.backward_steps is not None and self.backward_steps > min((self.steps, *self.stages)):
             raise ValueError(f"backward_steps {self.backward_steps} of {min((self.steps, *self.stages))} steps; give fewer")
         return self

@@ -200,7 +200,8 @@ def _compare(made: Made, ann: SpikingNet, graph: Graph, data: Data, settings: Sp
 
 
 def _train(graph: Graph, found: Survey, settings: Spiking, data: Data, batch: tuple[Tensor, ...], progress: Progress) -> Made:
-    learn = (*(("threshold",) if settings.learn_threshold else ()), *(("tau",) if settings.neuron == "plif" else ()))
+    learn = (*(("threshold",) if settings.learn_threshold else ()), *(("tau",) if settings.neuron.endswith("plif") else ()))
+    tau_syn = (settings.tau_syn or 2.0) if settings.neuron.startswith("cuba") else None
     first = settings.stages[0] if settings.stages else settings.steps
 
     def neuron(site: Site) -> nn.Module:
@@ -208,8 +209,9 @@ def _train(graph: Graph, found: Survey, settings: Spiking, data: Data, batch: tu
             return Neuron(steps=first)
         tau = None if settings.neuron == "if" else settings.tau
         return Neuron(
-            steps=first, tau=tau, reset=settings.reset, surrogate=settings.surrogate, spikes=settings.spikes, learn=learn
-        )
+            steps=first, tau=tau, tau_syn=tau_syn, reset=settings.reset, surrogate=settings.surrogate, spikes=settings.spikes,
+            learn=learn,
+        )  # fmt: skip
 
     net = unroll(graph, found, neuron, first, frames=settings.frames)
     calibrate(net, graph, batch, replace(settings, per_channel=False, correct="bias"))
@@ -240,6 +242,7 @@ def _layers_of(net: SpikingNet) -> list[Layer]:
     for name, site in net.sites.items():
         neuron = net.neuron(name)
         tau = f", tau {float(neuron.tau):.4g} steps" if neuron.leaky else ""
+        tau += f", tau_syn {float(neuron.tau_syn):.4g} steps" if neuron.tau_syn is not None else ""
         found.append(Layer(site.name, f"{float(neuron.threshold):.4g}{tau}"))
     return found
 

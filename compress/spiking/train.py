@@ -64,7 +64,7 @@ def rule(settings: Spiking, steps: int) -> Backward:
     """The backward that the settings name, for that many steps."""
     if settings.rule == "bptt":
         return whole
-    return by_step(steps, settings.backward_steps if settings.rule == "sltt_k" else None, frames=settings.frames)
+    return by_step(steps, (settings.backward_steps or 1) if settings.rule == "sltt_k" else None, frames=settings.frames)
 
 
 def train(

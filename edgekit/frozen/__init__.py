@@ -2,9 +2,10 @@
 
 from edgekit.frozen.archive import load, read_exported, save
 from edgekit.frozen.float_layers import FloatLayer, FloatOp
-from edgekit.frozen.program import FrozenOp, FrozenProgram, Layer, Unquantized, freeze_module
+from edgekit.frozen.program import Exit, FrozenOp, FrozenProgram, Layer, Unquantized, freeze_module
 
 __all__ = [
+    "Exit",
     "FloatLayer",
     "FloatOp",
     "FrozenOp",

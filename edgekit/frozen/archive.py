@@ -22,7 +22,7 @@ from torch.export.pt2_archive._package import load_pt2
 from edgekit.errors import FormatError
 from edgekit.files import write_whole
 from edgekit.frozen import binary_ops, dynamic_ops, ops  # noqa: F401  registers the operators before torch reads a graph of them
-from edgekit.frozen.program import FrozenProgram, Unquantized
+from edgekit.frozen.program import Exit, FrozenProgram, Unquantized
 from edgekit.frozen.screen import Refused, screen_graph, screen_members, screen_payloads
 
 __all__ = ["FORMAT", "load", "read_exported", "save", "to_bytes"]
@@ -46,7 +46,7 @@ def to_bytes(program: FrozenProgram) -> bytes:
     buffer = io.BytesIO()
     torch.export.save(program.exported, buffer)
     members = _members(buffer.getvalue())
-    facts = {
+    facts: dict[str, Any] = {
         "format": FORMAT,
         "edgekit": _version(),
         "torch": str(torch.__version__).split("+")[0],
@@ -54,6 +54,8 @@ def to_bytes(program: FrozenProgram) -> bytes:
         "unquantized": [[u.layer, u.op, u.reason] for u in program.unquantized],
         "sources": dict(sorted(program.sources.items())),
     }
+    if program.exit is not None:
+        facts["exit"] = [program.exit.temperature, program.exit.threshold]
     facts["sha256"] = _digest(members, facts)
     members[_FACTS] = json.dumps(facts, indent=1, sort_keys=True).encode()
     return _pack(members)
@@ -90,8 +92,9 @@ def load(path: Path) -> FrozenProgram:
             str(facts["name"]),
             tuple(Unquantized(*map(str, u)) for u in facts["unquantized"]),
             {str(k): str(v) for k, v in facts["sources"].items()},
+            Exit(*map(float, facts["exit"])) if "exit" in facts else None,
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(
             f"{path}: {_FACTS} is damaged ({type(error).__name__}: {error}); make the file again with `edgekit compress`"
         ) from error

@@ -21,7 +21,15 @@ from edgekit.frozen import ops
 from edgekit.frozen.float_layers import FloatLayer, float_layers
 from edgekit.frozen.layer import Layer, layers_of
 
-__all__ = ["FrozenOp", "FrozenProgram", "Layer", "Unquantized", "freeze_module"]
+__all__ = ["Exit", "FrozenOp", "FrozenProgram", "Layer", "Unquantized", "freeze_module"]
+
+
+@dataclass(frozen=True)
+class Exit:
+    """When a sample stops: the first step with ``max softmax(sum of outputs / temperature) > threshold``, else the last."""
+
+    temperature: float
+    threshold: float
 
 
 @dataclass(frozen=True)
@@ -70,12 +78,14 @@ class FrozenProgram:
         name: a short name for files and reports.
         unquantized: every operator with arithmetic that stays float, with the reason.
         sources: layer name to "file.py:line" of the source model.
+        exit: when a sample of a spiking program may stop early, if that was chosen.
     """
 
     exported: ExportedProgram
     name: str = "model"
     unquantized: tuple[Unquantized, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
+    exit: Exit | None = None
 
     @cached_property
     def module(self) -> fx.GraphModule:

@@ -22,7 +22,7 @@ from edgekit.nir.nodes import paddings, pair
 from edgekit.nir.rules import NEURONS
 from edgekit.nir.semantics import FIRING, Flat, flatten, kind, rule, step_length
 
-__all__ = ["Cell", "NirModule", "to_module", "to_program"]
+__all__ = ["Cell", "NirModule", "looped", "to_module", "to_program"]
 
 _OPS = {name: op for op, (name, _) in NEURONS.items()}
 _FIELDS = {name: fields for name, fields in NEURONS.values()}
@@ -93,7 +93,7 @@ class NirModule(nn.Module):
         self.flat, self.steps, self.dt, self.shape, self.encoding, self.facts = flat, steps, dt, shape, encoding, facts
         self.loops: dict[str, str] = {}
         for group in flat.groups:
-            if (found := _looped(flat, group)) is not None:
+            if (found := looped(flat, group)) is not None:
                 self.loops[found[0]] = found[1]
                 self._put(found[0], _recurrent(*found, flat, dt, steps, facts))
                 continue
@@ -243,7 +243,7 @@ def _layer(name: str, node: Any, dt: float, steps: int, facts: Mapping[str, Any]
     return FrozenOp(_OPS[kind(node)], 1, buffers, dt=dt, steps=steps, **rules)
 
 
-def _looped(flat: Flat, group: Sequence[str]) -> tuple[str, str] | None:
+def looped(flat: Flat, group: Sequence[str]) -> tuple[str, str] | None:
     """The neuron and the layer of a cycle that a recurrent operator computes: spikes through one layer back to their neurons."""
     if len(group) != 2:
         return None

@@ -170,6 +170,34 @@ void ek_neurons_reset_s16(const ek_neurons *p, int16_t *v);
 void ek_neurons_step_s16(const ek_neurons *p, const int16_t *x, int8_t *spikes, int16_t *v);
 
 typedef struct {
+    const int16_t *decay; /* `period`, as above */
+    uint32_t n, period, x_step;
+    uint16_t steps;
+} ek_fade;
+/* Currents that fade: y = sat16(((y of the step before * decay + 2^14) >> 15) + x), from 0. y may be x where x_step is n. */
+void ek_fade_s16(const ek_fade *p, const int16_t *x, int16_t *y);
+void ek_fade_reset_s16(int16_t *y, uint32_t n);
+void ek_fade_step_s16(const ek_fade *p, const int16_t *x, int16_t *y); /* y holds the step before */
+
+typedef struct {
+    const int8_t *weights; /* of the layer from the spikes back to their neurons, as ek_spiking's */
+    const int16_t *bias;
+    const int16_t *threshold, *decay, *v_init, *decay_syn; /* as ek_neurons'; decay_syn 0: the current does not stay */
+    uint32_t n, period, x_step;
+    uint16_t steps;
+    uint16_t in_h, in_w, in_c;
+    uint16_t kernel_h, kernel_w;
+    uint16_t pad_top, pad_left;
+    uint16_t groups;
+    uint8_t leak, zero, max_spikes;
+} ek_recurrent;
+/* Recurrent neurons: from the second step on bias + weights * spikes of the step before is added to x; then the current fades by decay_syn, and the
+ * neurons go on as ek_neurons_s16. state: 6 * n bytes, kept from step to step. scratch: as ek_spiking_s16's, and the state, rounded up to 4 bytes, before it. */
+void ek_recurrent_s16(const ek_recurrent *p, const int16_t *x, int8_t *spikes, void *scratch);
+void ek_recurrent_reset_s16(const ek_recurrent *p, int16_t *state);
+void ek_recurrent_step_s16(const ek_recurrent *p, const int16_t *x, int8_t *spikes, int16_t *state, void *scratch);
+
+typedef struct {
     const int8_t *weights; /* as ek_conv2d's */
     const int32_t *bias;   /* folded */
     const float *multiplier;

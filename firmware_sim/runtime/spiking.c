@@ -217,6 +217,62 @@ EK_NOINLINE void ek_neurons_step_s16(const ek_neurons *p, const int16_t *x, int8
             more_spikes(p, x + i, v + i, spikes + i);
 }
 
+/* y = faded `before` + x, for `period` of them; `before` may be y */
+EK_INLINE void fade(const int16_t *decay, uint32_t period, const int16_t *before, const int16_t *x, int16_t *y) {
+    for (uint32_t i = 0; i < period; i++) {
+        const int32_t d = decay[i], u = before[i];
+        y[i] = (int16_t)saturated((d == 32767 ? u : (u * d + 0x4000) >> 15) + x[i]);
+    }
+}
+
+EK_NOINLINE void ek_fade_s16(const ek_fade *p, const int16_t *x, int16_t *y) {
+    if (y != x) ek_copy((int8_t *)y, (const int8_t *)x, 2 * p->n);
+    for (uint32_t t = 1; t < p->steps; t++) {
+        x += p->x_step, y += p->n;
+        for (uint32_t i = 0; i < p->n; i += p->period) fade(p->decay, p->period, y - p->n + i, x + i, y + i);
+    }
+}
+
+EK_NOINLINE void ek_fade_reset_s16(int16_t *y, uint32_t n) {
+    for (uint32_t i = 0; i < n; i++) y[i] = 0;
+}
+
+EK_NOINLINE void ek_fade_step_s16(const ek_fade *p, const int16_t *x, int16_t *y) {
+    for (uint32_t i = 0; i < p->n; i += p->period) fade(p->decay, p->period, y + i, x + i, y + i);
+}
+
+EK_NOINLINE void ek_recurrent_reset_s16(const ek_recurrent *p, int16_t *state) {
+    for (uint32_t i = 0; i < p->n; i += p->period) ek_copy((int8_t *)(state + i), (const int8_t *)p->v_init, 2 * p->period);
+    ek_fade_reset_s16(state + p->n, 2 * p->n);
+}
+
+static void recurrent_neurons(const ek_recurrent *p, const int16_t *x, int8_t *spikes, int16_t *state) {
+    const ek_neurons neurons = {p->threshold, p->decay, p->v_init, p->n, p->period, 0, 1, p->leak, p->zero, p->max_spikes};
+    int16_t *const v = state, *const current = v + p->n, *const given = current + p->n;
+    ek_add_currents_s16(x, given, given, p->n);
+    for (uint32_t i = 0; i < p->n; i += p->period) fade(p->decay_syn, p->period, current + i, given + i, current + i);
+    ek_neurons_step_s16(&neurons, current, spikes, v);
+}
+
+static void feed_back(const ek_recurrent *p, const int8_t *spikes, int16_t *state, void *scratch) {
+    const ek_spiking back = {p->weights, p->bias, 1, p->in_h, p->in_w, p->in_c, p->in_h, p->in_w, p->in_c,
+                             p->kernel_h, p->kernel_w, 1, 1, 1, 1, p->pad_top, p->pad_left, p->groups};
+    ek_spiking_s16(&back, spikes, state + 2 * p->n, scratch);
+}
+
+EK_NOINLINE void ek_recurrent_step_s16(const ek_recurrent *p, const int16_t *x, int8_t *spikes, int16_t *state, void *scratch) {
+    recurrent_neurons(p, x, spikes, state);
+    feed_back(p, spikes, state, scratch);
+}
+
+EK_NOINLINE void ek_recurrent_s16(const ek_recurrent *p, const int16_t *x, int8_t *spikes, void *scratch) {
+    ek_recurrent_reset_s16(p, scratch);
+    for (uint32_t t = 0; t < p->steps; t++, x += p->x_step, spikes += p->n) {
+        if (t) feed_back(p, spikes - p->n, scratch, (int8_t *)scratch + ek_round4(6 * p->n));
+        recurrent_neurons(p, x, spikes, scratch);
+    }
+}
+
 /* round_half_even((float)acc * m), at the ends of int16 */
 static int16_t scaled(int32_t acc, float m) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: the sum has no fraction bits */

@@ -49,7 +49,7 @@ _FOR_OTHERS = ("an input of it is float", "only float operators use it", "no int
 
 _SHOWN = 4
 
-TAKE_CURRENTS = ("repeat_steps", "qlif_sequence", "qaccumulate")
+TAKE_CURRENTS = ("repeat_steps", "qlif_sequence", "qlif_recurrent", "qsynapse_sequence", "qaccumulate")
 """Operators that read int16 currents."""
 
 

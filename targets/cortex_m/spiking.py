@@ -7,6 +7,7 @@ inputs are requantized as ``qconv2d`` says, in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -46,28 +47,60 @@ def _spiking(step: Step) -> list[Call]:
     return [Call("ek_spiking_s16", ("$p", "$x0", "$y", "$s"), Struct("ek_spiking", members(fields)))]
 
 
-def _neurons(step: Step) -> list[Call]:
+def _counts(step: Step) -> dict[str, tuple[str, Any]]:
     v = step.values
-    fields: dict[str, tuple[str, Any]] = {r: ("*", r) for r in ("threshold", "decay", "v_init")}
-    fields |= {
-        "n": ("uint32_t", v["n"]),
-        "period": ("uint32_t", len(step.arrays["threshold"])),
-        "x_step": ("uint32_t", v["x_step"]),
-    }
+    pairs = {"n": v["n"], "period": len(step.arrays["decay"]), "x_step": v["x_step"]}
+    return {**{name: ("uint32_t", value) for name, value in pairs.items()}, **sizes16(steps=v["steps"])}
+
+
+def _firing(step: Step) -> dict[str, tuple[str, Any]]:
     leaky = step.arrays["decay"] < NO_LEAK
-    leak = 1 if leaky.all() else 2 if leaky.any() else 0
-    fields |= {
-        **sizes16(steps=v["steps"]),
-        "leak": ("uint8_t", leak),
-        "zero": ("uint8_t", v["zero"]),
-        "max_spikes": ("uint8_t", v["max_spikes"]),
-    }
+    pairs = {"leak": 1 if leaky.all() else 2 if leaky.any() else 0, **{k: step.values[k] for k in ("zero", "max_spikes")}}
+    return {name: ("uint8_t", value) for name, value in pairs.items()}
+
+
+def _neurons(step: Step) -> list[Call]:
+    fields = {**{r: ("*", r) for r in ("threshold", "decay", "v_init")}, **_counts(step), **_firing(step)}
     return [Call("ek_neurons_s16", ("$p", "$x0", "$y", "$s"), Struct("ek_neurons", members(fields)))]
 
 
 def _neurons_step(step: Step) -> list[Call]:
     (whole,) = _neurons(step)
     return [Call("ek_neurons_step_s16", ("$p", "$x0", "$y", "$v"), whole.struct)]
+
+
+def _recurrent(step: Step) -> list[Call]:
+    v, (height, width, channels) = step.values, step.values["in"]
+    pointers = ("weights", "bias", "threshold", "decay", "v_init", "decay_syn")
+    fields = {
+        **{r: ("*", r) for r in pointers}, **_counts(step), **sizes16(in_h=height, in_w=width, in_c=channels),
+        **sizes16(kernel_h=v["kernel"][0], kernel_w=v["kernel"][1], pad_top=v["pad"][0], pad_left=v["pad"][1]),
+        **sizes16(groups=v["groups"]), **_firing(step),
+    }  # fmt: skip
+    return [Call("ek_recurrent_s16", ("$p", "$x0", "$y", "$s"), Struct("ek_recurrent", members(fields)))]
+
+
+def _recurrent_step(step: Step) -> list[Call]:
+    (whole,) = _recurrent(step)
+    return [Call("ek_recurrent_step_s16", ("$p", "$x0", "$y", "$v", "$s"), whole.struct)]
+
+
+def _recurrent_constants(step: Step) -> list[Constant]:
+    return [*_spiking_constants(step), *_neuron_constants(step), Constant("decay_syn", step.arrays["decay_syn"], "int16_t")]
+
+
+def _fade(step: Step) -> list[Call]:
+    struct = Struct("ek_fade", members({"decay": ("*", "decay"), **_counts(step)}))
+    return [Call("ek_fade_s16", ("$p", "$x0", "$y"), struct)]
+
+
+def _fade_step(step: Step) -> list[Call]:
+    (whole,) = _fade(step)
+    return [Call("ek_fade_step_s16", ("$p", "$x0", "$v"), whole.struct)]
+
+
+def _fade_constants(step: Step) -> list[Constant]:
+    return [Constant("decay", step.arrays["decay"], "int16_t")]
 
 
 def _current(step: Step) -> list[Call]:
@@ -128,6 +161,21 @@ KERNELS: dict[str, Kernel] = {
     "current": Kernel(_current, _current_constants),
     "spike_pool": Kernel(_pool),
     "neurons_step": Kernel(_neurons_step, _neuron_constants, resets=lambda step: [Call("ek_neurons_reset_s16", ("$p", "$v"))]),
+    "recurrent": Kernel(
+        _recurrent,
+        _recurrent_constants,
+        scratch=lambda step, kernels: 4 * -(-6 * step.values["n"] // 4) + _scratch(step, kernels),
+    ),
+    "recurrent_step": Kernel(
+        _recurrent_step,
+        _recurrent_constants,
+        scratch=_scratch,
+        resets=lambda step: [Call("ek_recurrent_reset_s16", ("$p", "$v"))],
+    ),
+    "fade": Kernel(_fade, _fade_constants),
+    "fade_step": Kernel(
+        _fade_step, _fade_constants, resets=lambda step: [Call("ek_fade_reset_s16", ("$v", str(step.values["n"])))]
+    ),
     "accumulate": Kernel(_accumulate),
     "accumulate_step": Kernel(
         _accumulate_step, resets=lambda step: [Call("ek_accumulate_reset_s16", ("$v", str(step.values["n"])))]
@@ -195,6 +243,39 @@ def _neurons_reference(step: Step, inputs: Sequence[Bytes]) -> Bytes:
     return np.stack(found)
 
 
+def _faded(j: NDArray[np.int64], decay: NDArray[np.int64], x: NDArray[np.int64]) -> NDArray[np.int64]:
+    left = np.where(decay == NO_LEAK, j, (j * decay + 0x4000) >> 15)
+    return np.clip(left + x, -32768, 32767)
+
+
+def _fade_reference(step: Step, inputs: Sequence[Bytes]) -> Bytes:
+    v, found = step.values, []
+    x = inputs[0].view("<i2").astype(np.int64).reshape(-1, v["n"])
+    decay, j = np.tile(step.arrays["decay"].astype(np.int64), v["n"] // len(step.arrays["decay"])), np.zeros(v["n"], np.int64)
+    for t in range(v["steps"]):
+        j = _faded(j, decay, x[t if v["x_step"] else 0])
+        found.append(j)
+    return _int16(np.stack(found))
+
+
+def _recurrent_reference(step: Step, inputs: Sequence[Bytes]) -> Bytes:
+    v, n = step.values, step.values["n"]
+    x = inputs[0].view("<i2").astype(np.int64).reshape(-1, n)
+    threshold, decay, membrane, fade = (
+        np.tile(step.arrays[r].astype(np.int64), n // len(step.arrays[r])) for r in ("threshold", "decay", "v_init", "decay_syn")
+    )
+    once = replace(step, values={**v, "steps": 1})
+    current, given, found = np.zeros(n, np.int64), np.zeros(n, np.int64), []
+    for t in range(v["steps"]):
+        current = _faded(current, fade, np.clip(x[t if v["x_step"] else 0] + given, -32768, 32767))
+        membrane = _faded(membrane, decay, current)
+        spikes = np.clip(membrane // threshold, 0, v["max_spikes"])
+        membrane = np.where(spikes > 0, 0, membrane) if v["zero"] else membrane - spikes * threshold
+        given = _sums(once, spikes.astype(np.int8), 0).reshape(-1)
+        found.append(spikes.astype(np.int8))
+    return np.stack(found)
+
+
 def _pool_reference(step: Step, inputs: Sequence[Bytes]) -> Bytes:
     total = np.sum(_windows(inputs[0], step.values, 0), axis=0)
     result: Bytes = total.astype(np.int8)
@@ -227,6 +308,8 @@ REFERENCES: dict[str, Callable[[Step, Sequence[Bytes]], Bytes]] = {
     "neurons": _neurons_reference,
     "current": _current_reference,
     "spike_pool": _pool_reference,
+    "fade": _fade_reference,
+    "recurrent": _recurrent_reference,
     "accumulate": _accumulate_reference,
     "add_currents": _add_currents_reference,
     "add_spikes": _add_spikes_reference,

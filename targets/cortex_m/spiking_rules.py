@@ -72,10 +72,10 @@ def current(build: Builder, layer: Layer) -> None:
     build.step(layer, "current", [source], _wide(build, layer, image, 2), values=values, arrays=arrays, macs=layer.macs)
 
 
-def _constants_of(layer: Layer, shape: tuple[int, ...], last: bool) -> dict[str, NDArray[np.int16]]:
-    """Threshold, decay and initial membrane of each neuron in stored order, or of each channel if no more are needed."""
+def _constants_of(layer: Layer, shape: tuple[int, ...], last: bool, *keys: str) -> dict[str, NDArray[np.int16]]:
+    """Constants of each neuron (threshold, decay, initial membrane) in stored order, or of each channel if no more are needed."""
     found = {}
-    for key, value in constants(layer, "threshold", "decay", "v_init").items():
+    for key, value in constants(layer, *keys).items():
         whole = np.broadcast_to(value.astype(np.int16), shape)
         found[key] = (whole.transpose(1, 2, 0) if last else whole).reshape(-1)
     channels = shape[0] if last else shape[-1]
@@ -87,26 +87,62 @@ def _constants_of(layer: Layer, shape: tuple[int, ...], last: bool) -> dict[str,
     return {k: np.ascontiguousarray(v) for k, v in found.items()}
 
 
-def _neurons(build: Builder, layer: Layer) -> None:
-    steps, name = int(layer.args["steps"]), layer.inputs[0]
-    source = build.read(build.repeats.get(name, name))
-    tensor = build.tensors[source]
-    if layer.args["reset"] not in ("subtract", "zero") or layer.shape[0] != steps:
+def _driven(build: Builder, layer: Layer) -> tuple[int, dict[str, Any]]:
+    """The current that neurons or synapses read, and their sizes."""
+    steps, name, n = int(layer.args["steps"]), layer.inputs[0], prod(layer.shape[1:])
+    if layer.shape[0] != steps or layer.args.get("reset", "zero") not in ("subtract", "zero"):
         raise build.refuse(
-            layer, f"has {layer.shape[0] // steps} samples or reset {layer.args['reset']}", "freeze it for one sample"
+            layer, f"has {layer.shape[0] // steps} samples or reset {layer.args.get('reset')}", "freeze it for one sample"
         )
-    output = build.tensor(layer, layer.shape, tensor.last, (1.0, 0))
-    build.of[layer.name] = output
-    n = prod(layer.shape[1:])
-    values = {
-        "steps": steps, "n": n, "x_step": 0 if name in build.repeats else n, "zero": int(layer.args["reset"] == "zero"),
-        "max_spikes": int(layer.args["max_spikes"]),
-    }  # fmt: skip
-    build.step(layer, "neurons", [source], output, values=values, arrays=_constants_of(layer, layer.shape[1:], tensor.last))
+    source = build.read(build.repeats.get(name, name))
+    return source, {"steps": steps, "n": n, "x_step": 0 if name in build.repeats else n}
+
+
+def _rules(layer: Layer) -> dict[str, int]:
+    return {"zero": int(layer.args["reset"] == "zero"), "max_spikes": int(layer.args["max_spikes"])}
+
+
+def _neurons(build: Builder, layer: Layer) -> None:
+    source, values = _driven(build, layer)
+    last = build.tensors[source].last
+    arrays = _constants_of(layer, layer.shape[1:], last, "threshold", "decay", "v_init")
+    build.step(layer, "neurons", [source], _wide(build, layer, last, 1), values={**values, **_rules(layer)}, arrays=arrays)
+
+
+def _fade(build: Builder, layer: Layer) -> None:
+    source, values = _driven(build, layer)
+    last = build.tensors[source].last
+    arrays = _constants_of(layer, layer.shape[1:], last, "decay")
+    build.step(layer, "fade", [source], _wide(build, layer, last, 2), values=values, arrays=arrays)
+
+
+def _recurrent(build: Builder, layer: Layer) -> None:
+    source, values = _driven(build, layer)
+    tensor, weight = build.tensors[source], layer.args["weight"].numpy()
+    image = weight.ndim == 4
+    if image and not tensor.last:
+        raise build.refuse(layer, "gets currents of an image that is not stored channel-last", "let a convolution make them")
+    arrays = _constants_of(layer, layer.shape[1:], tensor.last, "threshold", "decay", "v_init", "decay_syn")
+    arrays |= {"weight": weight.transpose(0, 2, 3, 1) if image else weight[:, None, None]}
+    arrays |= {"bias": layer.args["bias"].numpy().astype(np.int16)}
+    size = (*layer.shape[2:], layer.shape[1]) if image else (1, 1, values["n"])
+    kernel = tuple(weight.shape[2:]) if image else (1, 1)
+    groups = len(weight) // weight.shape[1]
+    values |= {
+        "in": size,
+        "out": size,
+        "kernel": kernel,
+        "pad": tuple(k // 2 for k in kernel),
+        "groups": groups,
+        "stride": (1, 1),
+    }
+    output = _wide(build, layer, tensor.last, 1)
+    build.step(layer, "recurrent", [source], output, values={**values, **_rules(layer)}, arrays=arrays, macs=layer.macs)
 
 
 def _repeat(build: Builder, layer: Layer) -> None:
-    if any(u.op != "qlif_sequence" for u in build.users(layer)) or build.is_output(layer):
+    driven = ("qlif_sequence", "qlif_recurrent", "qsynapse_sequence")
+    if any(u.op not in driven for u in build.users(layer)) or build.is_output(layer):
         raise build.refuse(layer, "repeats something else than the current of neurons", "give neurons a constant current only")
     build.repeats[layer.name] = layer.inputs[0]
 
@@ -165,6 +201,8 @@ RULES: dict[str, Callable[[Builder, Layer], None]] = {
     "spiking_conv2d": _spiking,
     "spike_sum_pool2d": _pool,
     "qlif_sequence": _neurons,
+    "qlif_recurrent": _recurrent,
+    "qsynapse_sequence": _fade,
     "qaccumulate": _accumulate,
     "add_currents": _add_currents,
     "add_spikes": _add_spikes,

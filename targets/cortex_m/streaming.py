@@ -16,12 +16,16 @@ from torch import fx, nn
 
 from edgekit.errors import UnsupportedError
 from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module
+from edgekit.frozen.spiking_ops import INTEGER_NEURONS
 from edgekit.targets.cortex_m.graph import Firmware, Stream, Tensor
 
 __all__ = ["one_step", "streamed", "time_steps"]
 
-_STEPPING = {"neurons": "neurons_step", "accumulate": "accumulate_step"}
+_STEPPING = {"neurons": "neurons_step", "recurrent": "recurrent_step", "accumulate": "accumulate_step", "fade": "fade_step"}
 """Kernel of a whole sequence to that of one step, which keeps a state."""
+
+_STATES = {"neurons": 1, "recurrent": 3}
+"""Numbers of 16 bits that a neuron keeps beside its output; of the others the output is the state."""
 
 
 def time_steps(program: FrozenProgram) -> int:
@@ -30,7 +34,7 @@ def time_steps(program: FrozenProgram) -> int:
     Raises:
         UnsupportedError: the program has none.
     """
-    counts = {int(x.args["steps"]) for x in program.layers if x.op == "qlif_sequence"}
+    counts = {int(x.args["steps"]) for x in program.layers if x.op in INTEGER_NEURONS}
     if len(counts) != 1:
         raise UnsupportedError(
             f"program {program.name} has no integer neurons; leave out `stream`, which is for spiking networks"
@@ -95,12 +99,12 @@ def streamed(firmware: Firmware, program: FrozenProgram, whole: Stream) -> Firmw
     """
     tensors, steps = list(firmware.tensors), []
     for step in firmware.steps:
-        if step.kind == "accumulate":
-            steps.append(replace(step, kind=_STEPPING[step.kind], state=step.output))
-        elif step.kind == "neurons":
-            index, n = len(tensors), int(step.values["n"])
+        if step.kind in _STATES:
+            index, n = len(tensors), _STATES[step.kind] * int(step.values["n"])
             tensors.append(Tensor(index, f"{step.layer}.membrane", (1, n), False, 1.0, 0, index, width=2))
             steps.append(replace(step, kind=_STEPPING[step.kind], state=index))
+        elif step.kind in _STEPPING:
+            steps.append(replace(step, kind=_STEPPING[step.kind], state=step.output))
         else:
             steps.append(step)
     before = _constant(program)

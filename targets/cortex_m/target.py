@@ -17,7 +17,7 @@ from edgekit.files import write_whole
 from edgekit.firmware_sim import memory, toolchain
 from edgekit.firmware_sim.boards import BOARDS, CORES
 from edgekit.firmware_sim.kernels import KERNEL_SETS
-from edgekit.frozen import FrozenProgram
+from edgekit.frozen import Exit, FrozenProgram
 from edgekit.frozen.binary_ops import BINARY_OPS
 from edgekit.targets.cortex_m import elf, host, readback
 from edgekit.targets.cortex_m.graph import Firmware, Spec
@@ -47,8 +47,9 @@ class Options:
         optimize: the compiler's optimization level.
         stack_bytes: stack; a run reports how much of it was used.
         stream: of a spiking network: one time step a call, the state kept in RAM.
-        exit_threshold: of a streaming network: ``model_sure()`` says whether the confidence exceeds it; 0: there is none.
-        exit_temperature: of that confidence; both as ``early_exit`` chose them.
+        exit_threshold: of a streaming network: ``model_sure()`` says whether the confidence exceeds it; 0: there is none; left
+            out: what ``early_exit`` of the recipe chose, if it did.
+        exit_temperature: of that confidence, where a threshold is given.
     """
 
     board: str = ""
@@ -56,7 +57,7 @@ class Options:
     optimize: Literal["O2", "O3", "Os"] = "O2"
     stack_bytes: int = 4096
     stream: bool = False
-    exit_threshold: float = 0.0
+    exit_threshold: float | None = None
     exit_temperature: float = 1.0
 
     def __post_init__(self) -> None:
@@ -66,10 +67,10 @@ class Options:
             raise InputError(f"optimize {self.optimize!r}: expected O2, O3 or Os")
         if self.stack_bytes < 512 or self.stack_bytes % 8:
             raise InputError(f"stack_bytes {self.stack_bytes}: expected a multiple of 8, 512 or more")
-        if self.exit_threshold < 0 or self.exit_temperature <= 0 or (self.exit_threshold and not self.stream):
+        if (self.exit_threshold or 0) < 0 or self.exit_temperature <= 0 or (self.exit_threshold and not self.stream):
             raise InputError(
-                f"exit_threshold {self.exit_threshold:g}, exit_temperature {self.exit_temperature:g}: expected positive numbers, "
-                "and stream: true"
+                f"exit_threshold {self.exit_threshold or 0:g}, exit_temperature {self.exit_temperature:g}: "
+                "expected positive numbers, and stream: true"
             )
 
 
@@ -113,7 +114,7 @@ class CortexM:
             ParityError: the built firmware holds other numbers than the program.
             MissingTool: the Arm toolchain is not installed.
         """
-        build = self._build(options or _Options())
+        build = self._build(options or _Options(), program)
         firmware = prepare(program, build.kernel_set, build.stream)
         with tempfile.TemporaryDirectory(prefix="edgekit-") as name:
             trial = Path(name)
@@ -189,7 +190,7 @@ class CortexM:
         """Each layer's output as the emulated board computed it for one sample; merged layers are left out."""
         return host.tapped(Path(path).parent, program, sample)
 
-    def _build(self, options: _Options) -> Build:
+    def _build(self, options: _Options, program: FrozenProgram) -> Build:
         board = options.board or CORES[self.NAME].board
         if board not in BOARDS or BOARDS[board].core != self.NAME:
             allowed = ", ".join(b.name for b in BOARDS.values() if b.core == self.NAME)
@@ -197,9 +198,12 @@ class CortexM:
         kernels = "" if options.kernels == "auto" else options.kernels
         if kernels and KERNEL_SETS.index(kernels) > KERNEL_SETS.index(CORES[self.NAME].kernel_set):
             raise InputError(f"{self.NAME} cannot run the {kernels} kernels; use kernels: auto")
+        rule = Exit(options.exit_temperature, options.exit_threshold or 0.0)
+        if options.exit_threshold is None and options.stream and program.exit is not None:
+            rule = program.exit
         return Build(
-            self.NAME, board, kernels, options.optimize, options.stack_bytes, options.stream, float(options.exit_threshold),
-            float(options.exit_temperature),
+            self.NAME, board, kernels, options.optimize, options.stack_bytes, options.stream, float(rule.threshold),
+            float(rule.temperature),
         )  # fmt: skip
 
 
@@ -241,6 +245,8 @@ def _notes(facts: Facts, program: FrozenProgram) -> tuple[str, ...]:
     notes = [
         f"board {build.board}, {build.kernel_set} kernels, -{build.optimize}; inputs and outputs are int8, quantized by the host"
     ]
+    if build.exit_threshold:
+        notes.append(f"early exit at confidence {build.exit_threshold:g}, temperature {build.exit_temperature:g} (model_sure)")
     if any(kind == "softmax" for _, _, kind, _ in facts.steps):
         notes.append("softmax is computed from int8 to int8 by a table of exponentials")
     packed = sum(1 for layer in program.layers if layer.weight_bits is not None and 1 < layer.weight_bits < 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from edgekit.compress.spiking.confidence import (
 from edgekit.compress.spiking.settings import EarlyExit
 from edgekit.compress.steps import apply
 from edgekit.errors import InputError
+from edgekit.frozen import load, save
 from edgekit.recipe import Block
 
 
@@ -85,10 +87,12 @@ def made() -> tuple[Any, Tensor, Tensor]:
     return apply(model.eval(), [Block("spiking", settings)], data), x[300:], y[300:]
 
 
-def test_the_runner_stops_where_replay_does(made: tuple[Any, Tensor, Tensor]) -> None:
+def test_the_runner_stops_where_replay_does(made: tuple[Any, Tensor, Tensor], tmp_path: Path) -> None:
     compressed, x, y = made
     rule = exit_of(compressed.record)
-    outputs, steps = run_early(compressed.program, x, rule)
+    save(compressed.program, tmp_path / "frozen.pt2")
+    assert load(tmp_path).exit == rule
+    outputs, steps = run_early(load(tmp_path), x)
     figures = compressed.record["passes"][0]["early exit"]
     assert float(steps.double().mean()) == pytest.approx(figures["mean steps"], abs=1e-3)
     assert 100 * float((outputs.argmax(1) == y).float().mean()) == pytest.approx(figures["score"], abs=1e-3)

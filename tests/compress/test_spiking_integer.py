@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from spiking_nets import STEPS, Conv, Residual, conv_program, dense_program, neuron, residual_program
+from spiking_nets import STEPS, Conv, Residual, conv_program, dense_program, neuron, recurrent_program, residual_program
 from torch import Tensor, nn
 
 from edgekit.compress.spiking.integer import integer_program
@@ -179,10 +179,32 @@ def test_sums_without_an_integer_form_are_refused() -> None:
         integer_program(freeze_module(net, (x,)), (x,))
 
 
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_currents_that_fade_and_come_back_never_leave_16_bits(recurrent: bool) -> None:
+    """With every input on, or those of one sign alone; and the spikes are those of the float program."""
+    make = recurrent_program if recurrent else dense_program
+    program, x = make("cuba_lif", v_threshold=0.15, tau_syn=6.0, tau_mem=8.0)
+    integers, rows = integer_program(program, (x,))
+    first = integers.layer("fc1").args
+    worst = torch.cat([x, torch.ones_like(x[:1]), *((first["weight"][o] > 0).float().expand_as(x[:1]) for o in range(12))])
+    same = integers.run(worst)[0] == program.run(worst)[0]
+    assert float(same.float().mean()) > 0.95 and 0.05 < float(integers.run(worst)[0].mean()) < 0.95
+    wide = lambda layer, key: integers.layer(layer).args[key].double()  # noqa: E731
+    fade = wide("spike1", "decay_syn") if recurrent else wide("spike1_current", "decay")
+    trace = integers.trace(worst)
+    given, s = (trace[n].double().view(STEPS, len(worst), -1) for n in ("fc1", "spike1"))
+    j = torch.zeros_like(given[0])
+    for t in range(STEPS):
+        back = s[t - 1] @ wide("spike1", "weight").T + wide("spike1", "bias") if recurrent and t else 0
+        j = j * fade / 32768 + given[t] + back
+        assert float(j.min()) >= -32768 and float(j.max()) <= 32767
+    assert max(abs(b) for row in rows[:1] for b in row.bounds) / (1 - float(fade.max()) / 32768) <= 32768
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"spike1": neuron("cuba_lif")}, "layer spike1: CubaLIF has no integer form"),
+        ({"spike1": neuron("cuba_lif", v_leak=0.5)}, "layer spike1: its leak potential is not 0"),
         ({"spike1": neuron("lif", reset="value", v_reset=0.5)}, "layer spike1: it resets to a value"),
         ({"spike1": neuron("lif", tau=torch.rand(4, 8, 8) + 1)}, "differs within a channel"),
         ({"spike1": neuron("lif", tau=0.5)}, "time constant is shorter than a step"),

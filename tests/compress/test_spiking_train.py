@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,16 @@ from edgekit.compress.capture import capture
 from edgekit.compress.spiking import Frames, Spiking
 from edgekit.compress.spiking.gradients import compared, gradient, through_time
 from edgekit.compress.spiking.graph import free_batches, survey
+from edgekit.compress.spiking.integer import integer_program
 from edgekit.compress.spiking.neurons import SURROGATES, Neuron, fire
 from edgekit.compress.spiking.step import make
 from edgekit.compress.spiking.train import by_step
 from edgekit.compress.spiking.unroll import SpikingNet, unroll
 from edgekit.compress.steps import apply
 from edgekit.errors import DataError, ModelError
+from edgekit.nir import interpret
+from edgekit.nir.from_program import to_nir
+from edgekit.nir.inference import encode, read_out
 from edgekit.recipe import Block
 
 STEPS = (1, 2, 8, 64)
@@ -118,7 +123,16 @@ def test_multiple_spikes_and_resets() -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"neuron": "plif", "reset": "zero"}, {"neuron": "lif", "rule": "sltt"}, {"spikes": 3}, {"rule": "sltt_k"}]
+    "how",
+    [
+        {},
+        {"neuron": "plif", "reset": "zero"},
+        {"neuron": "lif", "rule": "sltt"},
+        {"spikes": 3},
+        {"rule": "sltt_k"},
+        {"neuron": "cuba_plif", "tau_syn": 1.5},
+        {"neuron": "cuba", "rule": "sltt", "reset": "zero"},
+    ],
 )
 def test_training_learns_and_the_frozen_program_is_the_network(how: dict[str, Any]) -> None:
     torch.manual_seed(0)
@@ -132,7 +146,16 @@ def test_training_learns_and_the_frozen_program_is_the_network(how: dict[str, An
         assert torch.allclose(made.simulation(x[200:]), frozen, atol=1e-5)
     assert float((frozen.argmax(1) == y[200:]).float().mean()) > 0.6
     kinds = {layer.op for layer in made.program.layers}
-    assert ("lif_sequence" if "neuron" in how else "if_sequence") in kinds
+    op = f"{how.get('neuron', 'if').replace('plif', 'lif').replace('cuba_lif', 'cuba').replace('cuba', 'cuba_lif')}_sequence"
+    assert op in kinds
+    if op == "cuba_lif_sequence":
+        taus = [float(layer.args["tau_syn"]) for layer in made.program.layers if layer.op == op]
+        assert all((tau == how.get("tau_syn", 2.0)) == (how["neuron"] == "cuba") for tau in taus)
+        graph = to_nir(made.program)
+        spikes = interpret(graph, encode(graph, [x[200:210].numpy()]), record=None)
+        assert np.abs(read_out(graph, spikes.output) - frozen[:10].numpy()).max() < 1e-4
+        integers, _ = integer_program(made.program, (x[:100],))
+        assert float((integers.run(x[200:])[0].argmax(1) == frozen.argmax(1)).float().mean()) > 0.9
 
 
 def test_one_step_has_no_state() -> None:
@@ -188,6 +211,8 @@ def test_what_training_needs_is_said() -> None:
         {"method": "auto"},
         {"max_timesteps": 3},
         {"method": "train", "rule": "sltt_k", "backward_steps": 9},
+        {"method": "train", "backward_steps": 2},
+        {"method": "train", "tau_syn": 2.0, "neuron": "lif"},
     ):
-        with pytest.raises(ValueError, match=r"method|backward"):
+        with pytest.raises(ValueError, match=r"method|backward_steps|tau_syn is for neurons cuba"):
             Spiking(**wrong)  # type: ignore[arg-type]

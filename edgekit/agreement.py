@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from edgekit import nir
 from edgekit.devices import connect, naming, spiking_cost
 from edgekit.devices.sim import Rasters, SimulatorDevice
-from edgekit.errors import InputError
+from edgekit.errors import EdgekitError, InputError
 from edgekit.files import sha256
-from edgekit.nir.semantics import flatten
+from edgekit.nir.semantics import flatten, number_of_steps, with_output
 from edgekit.profile import Profile
 
-__all__ = ["Agreement", "LayerAgreement", "Spikes", "compare", "load_spikes", "profile_file", "random_spikes", "verify_file"]
+__all__ = [
+    "Agreement", "LayerAgreement", "Spikes", "Verified", "compare", "load_spikes", "profile_file", "random_spikes", "verify_file",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,7 @@ def random_spikes(graph: Any, steps: int | None = None, samples: int = 4, share:
     Args:
         steps: None: as many as the graph's metadata say, else 32.
     """
-    if steps is None:
-        said = graph.metadata.get("steps")
-        steps = int(said) if isinstance(said, int | np.integer) and 0 < said <= 1024 else 32
+    steps = steps or min(1024, number_of_steps(graph) or 32)
     flat = flatten(graph)
     if len(flat.inputs) != 1 or (shape := flat.nodes[flat.inputs[0]].input_type["input"]) is None:
         raise InputError("the graph has several inputs, or one without a shape; edgekit verifies graphs with one input")
@@ -144,35 +144,77 @@ def random_spikes(graph: Any, steps: int | None = None, samples: int = 4, share:
     return Spikes(values, None, f"random spikes, {share:.0%} of the steps, seed {seed}")
 
 
-def verify_file(path: Path, devices: Sequence[str], inputs: Path | None = None, dt: float | None = None) -> list[Agreement]:
-    """Run a ``.nir`` file on simulators.
+@dataclass(frozen=True)
+class Verified:
+    """What simulators did with a file, and what kept others from running it: (device, error)."""
+
+    agreements: tuple[Agreement, ...]
+    failures: tuple[tuple[str, EdgekitError], ...]
+
+    @property
+    def exit_code(self) -> int:
+        """1 where a spike differs that may not, else that of the first failure, else 0."""
+        if not all(found.ok for found in self.agreements):
+            return 1
+        return self.failures[0][1].exit_code if self.failures else 0
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain values for JSON: one for each device."""
+        failed = [{"simulator": device.partition(":")[2], "ok": False, "error": str(error)} for device, error in self.failures]
+        return [*(found.to_json() for found in self.agreements), *failed]
+
+
+def verify_file(
+    path: Path, devices: Sequence[str], inputs: Path | None = None, dt: float | None = None, output: str | None = None
+) -> Verified:
+    """Run a ``.nir`` file on simulators. What keeps one of them from running it does not keep the others.
 
     Args:
         devices: such as ``sim:nest``.
         inputs: see :func:`load_spikes`; without it random spikes.
+        output: the one to look at, where the graph has several.
 
     Raises:
-        InputError: a device that is no simulator, or inputs that do not fit.
-        UnsupportedError: a simulator cannot express the graph; names the node and the reason.
-        FormatError, MissingTool, DeviceError: the file cannot be read, a simulator is not set up, or it failed.
+        InputError: a device that is no simulator, or inputs that cannot be read.
+        FormatError, UnsupportedError: the file cannot be read.
     """
-    graph = nir.read(path)
-    found = _simulators(path, devices)
+    graph = _read(path, output)
+    for spec in devices:
+        if not spec.startswith("sim:"):
+            raise InputError(f"{Path(path).name} is a NIR file and {spec} no simulator; use --device sim:NAME")
     given = random_spikes(graph) if inputs is None else load_spikes(inputs)
-    results = []
-    for device in found:
-        with naming(device):
-            results.append(compare(Path(path), device.rasters(graph, given.values, dt), given))
-    return results
+    agreements, failures = [], []
+    for spec in dict.fromkeys(devices):
+        try:
+            (device,) = _simulators(path, [spec])
+            with naming(device):
+                agreements.append(compare(Path(path), device.rasters(graph, given.values, dt), given))
+        except EdgekitError as error:
+            failures.append((spec, error))
+    return Verified(tuple(agreements), tuple(failures))
 
 
-def profile_file(path: Path, devices: Sequence[str], inputs: Path | None = None, per_layer: bool = True) -> list[Profile]:
+def _read(path: Path, output: str | None) -> Any:
+    """A file's graph with one output.
+
+    Raises:
+        InputError: it has several and none is chosen; FormatError, UnsupportedError: it cannot be read, or has no such output.
+    """
+    graph = with_output(nir.read(path), output)
+    if len(names := flatten(graph).outputs) > 1:
+        raise InputError(f"{path}: the graph has {len(names)} outputs ({', '.join(names)}); choose one by --output NAME")
+    return graph
+
+
+def profile_file(
+    path: Path, devices: Sequence[str], inputs: Path | None = None, per_layer: bool = True, output: str | None = None
+) -> list[Profile]:
     """What a ``.nir`` file costs, counted from the spikes that simulators give it.
 
     Raises:
-        as :func:`verify_file`.
+        as :func:`verify_file`, and what keeps a simulator from running it.
     """
-    graph = nir.read(path)
+    graph = _read(path, output)
     given = random_spikes(graph) if inputs is None else load_spikes(inputs)
     found = []
     for device in _simulators(path, devices):

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from edgekit import __version__, console
-from edgekit.errors import EdgekitError
+from edgekit.errors import EdgekitError, InputError
 
 __all__ = ["app", "main"]
 
@@ -39,6 +39,8 @@ RecipeFile = Annotated[Path, typer.Argument(help="A recipe.yaml.", metavar="RECI
 Names = Annotated[
     list[str] | None, typer.Option("--target", "-t", help="Only this target (repeat for more); see `edgekit targets`.")
 ]
+
+Output = Annotated[str | None, typer.Option("--output", help="For a .nir file with several outputs: the one to look at.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -118,15 +120,19 @@ def import_nir(
         Path | None, typer.Option("--inputs", help="Of the integer form: values (T, N, ...) as .npy or .npz that set its scales.")
     ] = None,
     json: Json = False,
+    output: Output = None,
     verbose: Verbose = False,
 ) -> None:
     """Make a run of a NIR file: the frozen program of its network, and files of it."""
     from edgekit.in_memory import export_program
     from edgekit.nir import read
+    from edgekit.nir.semantics import with_output
     from edgekit.nir.to_module import to_program
 
     facts = {key: value for key, value in (("reset", reset), ("tie", tie)) if value is not None}
-    program = to_program(read(file), steps, name=file.stem, encoding=encoding, readout=readout, dt=dt, facts=facts)
+    program = to_program(
+        with_output(read(file), output), steps, name=file.stem, encoding=encoding, readout=readout, dt=dt, facts=facts
+    )
     made: Any = program
     if weights != "float":
         from edgekit.nir_integers import integer_form
@@ -161,6 +167,7 @@ def verify(
     inputs: Annotated[
         Path | None, typer.Option("--inputs", help="For a .nir file: spikes (T, N, ...) as .npy, or .npz with labels.")
     ] = None,
+    output: Output = None,
     seed: Seed = None,
     json: Json = False,
     verbose: Verbose = False,
@@ -169,9 +176,11 @@ def verify(
     if run.suffix == ".nir":
         from edgekit import agreement
 
-        results = agreement.verify_file(run, device or ["sim:nir"], inputs)
-        console.print_json([found.to_json() for found in results]) if json else console.print_agreements(results)
-        raise typer.Exit(0 if all(found.ok for found in results) else 1)
+        made = agreement.verify_file(run, device or ["sim:nir"], inputs, output=output)
+        console.print_json(made.to_json()) if json else console.print_agreements(made.agreements)
+        for _, problem in () if json else made.failures:
+            console.error(str(problem))
+        raise typer.Exit(made.exit_code)
     from edgekit import pipeline
 
     _finish(json, pipeline.verify, run, target, device, seed=seed)
@@ -192,6 +201,7 @@ def profile(
     ] = None,
     layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Also measure each layer.")] = True,
     inputs: Annotated[Path | None, typer.Option("--inputs", help="For a .nir file: spikes (T, N, ...) as .npy or .npz.")] = None,
+    output: Output = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -202,7 +212,7 @@ def profile(
     if run.suffix == ".nir":
         from edgekit import agreement
 
-        made = agreement.profile_file(run, device or ["sim:nir"], inputs, layers)
+        made = agreement.profile_file(run, device or ["sim:nir"], inputs, layers, output)
         if json:
             console.print_json([one.to_json() for one in made])
         for one in () if json else made:
@@ -359,6 +369,9 @@ def describe(
         about = nir_description.describe(program / "model.nir" if program.is_dir() else program, chip or ())
         console.print_json(about.to_json()) if json else console.print_nir(about)
         raise typer.Exit(0 if all(fit.ok for fit in about.fits) else 1)
+    if program.suffix in (".pte", ".tflite", ".onnx"):
+        made = f"describe its run folder instead, `edgekit describe {program.parent}`, or its frozen.pt2"
+        raise InputError(f"{program}: describe reads frozen programs (.pt2), .nir files and run folders; {made}")
     from edgekit.frozen import load
     from edgekit.frozen.describe import describe as describe_program
 

@@ -97,7 +97,13 @@ def print_agreements(found: Sequence[Agreement]) -> None:
 
 def print_nir(found: NirDescription) -> None:
     """Layers of a NIR file, and what each chip says of it."""
-    print_table(f"{found.file}: input {found.inputs}, dt {found.dt:g}", found.columns, found.rows)
+    facts = [
+        f"{key} {value if not isinstance(value, float) else f'{value:g}'}" for key, value in found.inference.items() if value
+    ]
+    said = ", ".join([f"input {found.inputs}", f"output {', '.join(found.outputs)}", f"dt {found.dt:g}", *facts])
+    if found.inference["steps"] is None:
+        said += "; it does not say how many steps to run"
+    print_table(f"{found.file}: {said}", found.columns, found.rows)
     for fit in found.fits:
         used = ", ".join(f"{what} {n:,} of {limit:,}" for what, (n, limit) in fit.used.items())
         print(f"{fit.title}: {'fits' if fit.ok else 'does not fit'} ({used})")

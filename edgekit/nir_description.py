@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from edgekit import nir
 from edgekit.errors import InputError
-from edgekit.nir.semantics import FIRING, kind, rule, step_length
+from edgekit.nir.semantics import FIRING, kind, number_of_steps, rule, step_length
 from edgekit.targets.neuromorphic.chip_rules import Fit, check
 from edgekit.targets.neuromorphic.layers import Layer, Network, network
 
@@ -23,14 +23,17 @@ class NirDescription:
     """A file as a table.
 
     Attributes:
-        file, inputs, dt: its name, the shapes of its inputs, the length of a step.
+        file, inputs, outputs, dt: its name, the shapes of its inputs, the names of its outputs, the length of a step.
+        inference: what its metadata say of a whole inference: steps, encoding, readout and gain, where they do.
         columns, rows: a row for each layer of neurons, and for an output that neurons do not stand before.
         fits: what each chip's rules say.
     """
 
     file: str
     inputs: str
+    outputs: tuple[str, ...]
     dt: float
+    inference: Mapping[str, Any]
     columns: tuple[str, ...]
     rows: tuple[tuple[Any, ...], ...]
     fits: tuple[Fit, ...]
@@ -39,7 +42,8 @@ class NirDescription:
         """Plain values for JSON."""
         rows = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
         return {
-            "file": self.file, "inputs": self.inputs, "dt": self.dt, "layers": rows, "chips": [fit.to_json() for fit in self.fits]
+            "file": self.file, "inputs": self.inputs, "outputs": self.outputs, "dt": self.dt, **self.inference, "layers": rows,
+            "chips": [fit.to_json() for fit in self.fits],
         }  # fmt: skip
 
 
@@ -57,7 +61,13 @@ def describe(path: Path, chips: Sequence[str] = ()) -> NirDescription:
     columns = ("layer", "neurons", "shape", "hears", "through", "weights", "reset", "tie", "spikes a step")
     rows = tuple(_row(net, layer) for layer in net.layers)
     fits = tuple(check(graph, name) for name in chips)
-    return NirDescription(Path(path).name, inputs, step_length(graph), columns, rows, fits)
+    facts: dict[str, Any] = {"steps": number_of_steps(graph)}
+    facts |= {
+        key: value.item() if isinstance(value, np.generic) else value
+        for key in ("encoding", "readout", "gain")
+        if (value := graph.metadata.get(key)) is not None
+    }
+    return NirDescription(Path(path).name, inputs, net.flat.outputs, step_length(graph), facts, columns, rows, fits)
 
 
 def _row(net: Network, layer: Layer) -> tuple[Any, ...]:

@@ -82,14 +82,16 @@ def verify_run(
     stages = [stage_row(n, y, references, evaluation, program) for n, y in references.items()]
     stages = [_with_size(s, stored.get(s.name), program) for s in stages]
     found, failures = [], []
-    for name, job in _jobs(folder, targets, on):
+    jobs = _jobs(folder, targets, on)
+    for name, job in jobs:
         path = folder / f"model{get(name).SUFFIX}"
         try:
             found.append(verify_artifact(program, job, path, evaluation, references, settings, progress))
         except EdgekitError as error:  # a file that cannot be checked must not hide what is wrong with the others
-            if not isinstance(job, str):
+            if not isinstance(job, str) and len(jobs) == 1:
                 raise
-            failures.append((f"{name}: {path.name} could not be checked: {error}", error))
+            where = name if isinstance(job, str) else job.NAME
+            failures.append((f"{where}: {path.name} could not be checked: {error}", error))
     if failures and not found and all(isinstance(error, MissingTool) for _, error in failures):
         raise failures[0][1]
     breaches = [text for text, _ in failures]

@@ -155,8 +155,8 @@ def _tree(path: Path, h5py: Any, group: Any, size: list[int]) -> dict[str, Any]:
         if size[0] > _LARGEST:
             raise FormatError(f"{path}: more than {_LARGEST >> 30} GiB of numbers; this is no network of edgekit's")
         value = item[()]
-        if item.shape and item.dtype.kind == "f" and (bad := int(np.isnan(value).sum())):  # infinite: no leak, no spikes
-            raise FormatError(f"{path}: {item.name} holds {bad} NaN values of {value.size}; make the file again")
+        if item.dtype.kind == "f" and (bad := int(np.isnan(value).sum())):  # infinite: no leak, no spikes
+            raise FormatError(f"{path}: {item.name} holds {bad} NaN values of {np.size(value)}; make the file again")
         tree[key] = value.decode("utf8") if isinstance(value, bytes) else value
     return tree
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from edgekit.errors import FormatError, InputError
-from edgekit.nir.semantics import flatten
+from edgekit.nir.semantics import flatten, number_of_steps
 
 __all__ = ["encode", "read_out"]
 
@@ -29,7 +29,8 @@ def encode(graph: Any, inputs: Sequence[np.ndarray], where: str = "") -> dict[st
         raise InputError(f"{where}{len(inputs)} inputs given, it takes {len(names)}")
     if not {"steps", "encoding", "readout"} <= set(facts):
         raise FormatError(f"{where}its metadata do not say steps, encoding and readout; make a run of it with `edgekit import`")
-    steps = int(facts["steps"])
+    steps = number_of_steps(graph)
+    assert steps is not None
     encoded = {}
     for name, given in zip(names, inputs, strict=True):
         x = np.asarray(given, np.float64)

@@ -29,7 +29,10 @@ import numpy as np
 
 from edgekit.errors import UnsupportedError
 
-__all__ = ["FIRING", "INTEGRATING", "KINDS", "Flat", "Rule", "flatten", "kind", "rule", "step_length"]
+__all__ = [
+    "FIRING", "INTEGRATING", "KINDS", "MOST_STEPS", "Flat", "Rule", "check_threshold", "flatten", "kind", "number_of_steps",
+    "rule", "step_length", "with_output",
+]  # fmt: skip
 
 FIRING = ("LIF", "IF", "CubaLIF")
 INTEGRATING = ("LI", "I", "CubaLI")
@@ -38,6 +41,9 @@ _STATELESS = (
 )  # fmt: skip
 KINDS = (*_STATELESS, *FIRING, *INTEGRATING, "Delay")
 """Every kind of node that NIR 1.0.8 can hold, beside graphs in graphs."""
+
+MOST_STEPS = 1 << 16
+"""Time steps of one inference that a file or a user may ask for."""
 
 _CHOICES = {"reset": ("subtract", "zero", "value"), "tie": ("gt", "ge")}
 
@@ -95,6 +101,72 @@ def rule(name: str, node: Any, overrides: Mapping[str, Any] | None = None) -> Ru
     if found.reset == "zero" and np.any(np.asarray(getattr(node, "v_reset", 0.0))):
         raise UnsupportedError(f"node {name}: metadata reset is zero and v_reset is not; write reset: value, or clear v_reset")
     return found
+
+
+def check_threshold(name: str, node: Any, overrides: Mapping[str, Any] | None = None) -> None:
+    """Look whether a reset brings a neuron's membrane below its threshold: else it spikes for ever, which is no network.
+
+    Raises:
+        UnsupportedError: it does not; names the node.
+    """
+    how = rule(name, node, overrides)
+    threshold = np.asarray(getattr(node, "v_threshold", np.inf), np.float64)
+    below = np.asarray(getattr(node, "v_reset", 0.0) if how.reset == "value" else 0.0, np.float64)
+    if threshold.shape and below.shape and threshold.shape != below.shape:
+        raise UnsupportedError(
+            f"node {name} ({kind(node)}): v_threshold has shape {threshold.shape} and v_reset {below.shape}; make them equal"
+        )
+    wrong = threshold <= below
+    if np.any(wrong):
+        found = float(threshold.reshape(-1)[int(np.argmax(np.broadcast_to(wrong, threshold.shape).reshape(-1)))])
+        what = f"v_reset {float(below.reshape(-1)[0]):g}" if how.reset == "value" else "0"
+        raise UnsupportedError(
+            f"node {name} ({kind(node)}): v_threshold is {found:g}, not above {what}, which a reset leads to; correct the file"
+        )
+
+
+def number_of_steps(graph: Any, steps: int | None = None) -> int | None:
+    """Time steps of one inference: ``steps`` if given, else what the graph's metadata say; None where they say nothing.
+
+    Raises:
+        UnsupportedError: it is no whole number from 1 to :data:`MOST_STEPS`.
+    """
+    value = steps if steps is not None else _metadata(graph).get("steps")
+    if value is None:
+        return None
+    try:
+        found = int(value)
+        whole = found == float(value)
+    except (TypeError, ValueError, OverflowError):
+        found, whole = 0, False
+    if not whole or not 1 <= found <= MOST_STEPS:
+        where = "the number of steps" if steps is not None else "the graph's metadata steps"
+        raise UnsupportedError(f"{where} is {value!r}, a whole number from 1 to {MOST_STEPS:,} expected")
+    return found
+
+
+def with_output(graph: Any, name: str | None) -> Any:
+    """The graph with one of its outputs, and without what leads to others only; None: as it is.
+
+    Raises:
+        UnsupportedError: there is no output of that name.
+    """
+    import nir
+
+    flat = flatten(graph)
+    if name is None or flat.outputs == (name,):
+        return graph
+    if name not in flat.outputs:
+        raise UnsupportedError(f"the graph has no output {name!r}; choose one of: {', '.join(flat.outputs)}")
+    kept, waiting = {name}, [name]
+    while waiting:
+        for source in flat.sources[waiting.pop()]:
+            if source not in kept:
+                kept.add(source)
+                waiting.append(source)
+    nodes = {n: node for n, node in flat.nodes.items() if n in kept}
+    edges = [(source, n) for n in nodes for source in flat.sources[n]]
+    return nir.NIRGraph(nodes, edges, metadata=graph.metadata, type_check=False)
 
 
 def step_length(graph: Any, dt: float | None = None) -> float:

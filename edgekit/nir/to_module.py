@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from edgekit.errors import InputError, UnsupportedError
 from edgekit.frozen import FrozenOp, FrozenProgram, Unquantized, freeze_module
 from edgekit.nir.file import require
+from edgekit.nir.interpreter import interpret
 from edgekit.nir.nodes import paddings, pair
 from edgekit.nir.rules import NEURONS
-from edgekit.nir.semantics import FIRING, Flat, flatten, kind, rule, step_length
+from edgekit.nir.semantics import FIRING, Flat, check_threshold, flatten, kind, number_of_steps, rule, step_length
 
 __all__ = ["Cell", "NirModule", "looped", "to_module", "to_program"]
 
@@ -52,8 +53,8 @@ def to_module(
         UnsupportedError: a graph that cannot be run; names the node.
     """
     known = graph.metadata
-    steps = int(steps if steps is not None else known.get("steps", 0))
-    if steps < 1:
+    count = number_of_steps(graph, steps)
+    if count is None:
         raise InputError("the NIR graph does not say how many time steps to run; give them (--steps)")
     encoding = str(encoding or known.get("encoding", "sequence"))
     readout = str(readout or known.get("readout", "accumulate"))
@@ -67,12 +68,17 @@ def to_module(
         raise UnsupportedError(f"node {flat.inputs[0]}: the shape of the input is not given")
     length = step_length(graph, dt)
     gain = float(known.get("gain", 1.0))
-    return NirModule(flat, steps, length, tuple(int(n) for n in np.atleast_1d(shape)), encoding, readout, gain, facts or {})
+    return NirModule(flat, count, length, tuple(int(n) for n in np.atleast_1d(shape)), encoding, readout, gain, facts or {})
 
 
 def to_program(graph: Any, steps: int | None = None, *, name: str | None = None, **options: Any) -> FrozenProgram:
     """The frozen program of a graph, float32, for a batch of one; arguments as of :func:`to_module`."""
     module = to_module(graph, steps, **options)
+    for n, node in module.flat.nodes.items():
+        if kind(node) in FIRING:
+            check_threshold(n, node, module.facts)
+    one = np.zeros((1, 1, *module.shape))
+    interpret(graph, one, dt=module.dt, facts=module.facts)  # says in a sentence what of the graph does not fit together
     called = str(name or graph.metadata.get("name", "nir"))
     left = [
         Unquantized(n, kind(node).lower(), "a spiking program in float: weights and currents are float32")

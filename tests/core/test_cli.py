@@ -140,6 +140,12 @@ def test_a_bug_is_exit_code_70_with_its_traceback(recipe: Path) -> None:
     assert done.returncode == 70 and "ZeroDivisionError" in done.stderr and "this is a bug in edgekit" in done.stderr
 
 
+def test_describe_says_what_it_reads(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.pte").write_bytes(b"x")
+    code, text = call("describe", tmp_path / "model.pte")
+    assert code == 2 and "describe reads frozen programs (.pt2), .nir files and run folders" in text
+
+
 def test_describe(finished: Path) -> None:
     code, text = call("describe", finished / "frozen.pt2")
     assert code == 0 and "qconv2d" in text and "total" in text

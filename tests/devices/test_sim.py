@@ -75,7 +75,7 @@ def test_the_xylo_chip_is_counted_beside_the_graph(tmp_path: Path) -> None:
     )
     path = tmp_path / "net.nir"
     files.write(path, graph)
-    (found,) = agreement.verify_file(path, ["sim:xylo"])
+    (found,) = agreement.verify_file(path, ["sim:xylo"]).agreements
     assert found.ok and not found.exact and [x.name for x in found.layers] == ["c1", "c2"]
     for layer in found.layers:
         assert layer.expected > 100 and abs(layer.found - layer.expected) < 0.05 * layer.expected
@@ -187,7 +187,7 @@ def test_simulators_agree_in_every_spike(tmp_path: Path, case: str, simulator: s
         simulators.setup(simulator)  # seconds, by the user's pip
     path = tmp_path / "net.nir"
     files.write(path, CASES[case][0]())
-    (found,) = agreement.verify_file(path, [f"sim:{simulator}"])
+    (found,) = agreement.verify_file(path, [f"sim:{simulator}"]).agreements
     assert found.exact and found.differing == 0 and found.version
     assert sum(layer.found for layer in found.layers) > 100
 
@@ -248,3 +248,37 @@ def test_a_file_is_profiled_on_the_command_line(tmp_path: Path) -> None:
     assert made["figures"]["steps"] == 32 and made["file"] == "net.nir" and len(made["layers"]) == 4
     shown = CliRunner().invoke(cli.app, ["profile", str(path), "-d", "sim:loihi2"]).stdout
     assert "nir on sim:loihi2" in shown and "synaptic operations an inference" in shown and "one dense pass" in shown
+
+
+def two_outputs() -> Any:
+    """A graph whose second output is that of its first layer."""
+    graph = lif_net()
+    graph.nodes["early"] = nir.Output({"output": np.array([20])})
+    graph.edges.append(("lif1", "early"))
+    return graph
+
+
+def test_one_refusal_does_not_keep_other_simulators_from_running(tmp_path: Path) -> None:
+    path = tmp_path / "net.nir"
+    files.write(path, lif_net())
+    ran = CliRunner().invoke(cli.app, ["verify", str(path), "-d", "sim:speck", "-d", "sim:nir", "-d", "sim:loihi2", "--json"])
+    found = {one["simulator"]: one for one in json.loads(ran.stdout)}
+    assert ran.exit_code == 2 and set(found) == {"nir", "loihi2", "speck"} and found["nir"]["ok"]
+    assert "speck: node lif1" in found["speck"]["error"] and not found["speck"]["ok"]
+    shown = CliRunner().invoke(cli.app, ["verify", str(path), "-d", "sim:speck", "-d", "sim:nir"])
+    assert "every spike of 2 layers" in shown.output and "speck: node lif1" in shown.output and shown.exit_code == 2
+
+
+def test_a_graph_with_two_outputs_is_verified_at_the_one_that_is_chosen(tmp_path: Path) -> None:
+    path = tmp_path / "net.nir"
+    files.write(path, two_outputs())
+    with pytest.raises(InputError, match=r"2 outputs \(early, out\); choose one by --output NAME"):
+        agreement.verify_file(path, ["sim:nir"])
+    with pytest.raises(UnsupportedError, match="no output 'late'; choose one of: early, out"):
+        agreement.verify_file(path, ["sim:nir"], output="late")
+    for output, layers in (("out", ["lif1", "lif2"]), ("early", ["lif1"])):
+        ran = CliRunner().invoke(cli.app, ["verify", str(path), "-d", "sim:loihi2", "--output", output, "--json"])
+        assert [x["name"] for x in json.loads(ran.stdout)[0]["layers"]] == layers and ran.exit_code == 0
+    run = str(tmp_path / "run")
+    ran = CliRunner().invoke(cli.app, ["import", str(path), "--out", run, "--steps", "4", "--output", "early", "--json"])
+    assert ran.exit_code == 0, ran.output

@@ -123,4 +123,10 @@ def test_describe_prints_layers_and_what_chips_say(tmp_path: Path) -> None:
     assert not chip["ok"] and chip["breaches"][0]["found"] == "64" and chip["used"]["hidden"] == [60, 1000]
     ended = CliRunner().invoke(cli.app, ["describe", str(path), "--chip", "loihi2", "--chip", "xylo-imu"])
     assert ended.exit_code == 1 and "does not fit" in ended.stdout and "rockpool, syns63300/xylo_mapper.py" in ended.stdout
-    assert CliRunner().invoke(cli.app, ["describe", str(path)]).exit_code == 0
+    ended = CliRunner().invoke(cli.app, ["describe", str(path)])
+    assert ended.exit_code == 0 and "it does not say how many steps to run" in ended.stdout
+    graph = files.read(path)
+    graph.metadata = {**graph.metadata, "steps": 6, "encoding": "sequence", "readout": "accumulate", "gain": 0.5}
+    files.write(path, graph)
+    ended = CliRunner().invoke(cli.app, ["describe", str(path)])
+    assert "steps 6, encoding sequence, readout accumulate, gain 0.5" in ended.stdout

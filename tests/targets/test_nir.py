@@ -301,6 +301,35 @@ def test_steps_must_be_known_and_inputs_fit(tmp_path: Path) -> None:
         NIR.run(tmp_path / "d.nir", [np.zeros((1, 3, 6))])
 
 
+@pytest.mark.parametrize("steps", [-3, 0, 10**9, 2.5, "many"])
+def test_numbers_of_steps_that_nothing_can_run_are_refused(steps: Any) -> None:
+    graph = chain(nir.I(np.ones(2, np.float32)), shape=(2,))
+    graph.metadata = {"steps": steps, "encoding": "repeat", "readout": "accumulate"}
+    with pytest.raises(UnsupportedError, match=r"metadata steps is .*, a whole number from 1 to 65,536 expected"):
+        to_module(graph)
+    if isinstance(steps, int):
+        with pytest.raises(UnsupportedError, match=r"the number of steps is -?\d+, a whole number"):
+            to_module(chain(nir.I(np.ones(2, np.float32)), shape=(2,)), steps)
+
+
+def test_numbers_that_make_no_network_are_refused_by_node() -> None:
+    def fire(threshold: float, reset: str, value: float = 0.0) -> Any:
+        full = {k: np.full(2, v, np.float32) for k, v in {"r": 1.0, "v_threshold": threshold, "v_reset": value}.items()}
+        return nir.IF(**full, metadata={"reset": reset})
+
+    for node, words in (
+        (fire(0.0, "subtract"), "v_threshold is 0, not above 0"),
+        (fire(-1.0, "zero"), "v_threshold is -1, not above 0"),
+        (fire(-0.5, "value", 0.0), "v_threshold is -0.5, not above v_reset 0"),
+    ):
+        with pytest.raises(UnsupportedError, match=words):
+            to_program(chain(node, shape=(2,)), 4)
+    assert to_program(chain(fire(-0.5, "value", -1.0), shape=(2,)), 4).layers
+    for wrong in (nir.Linear(np.ones((3, 5), np.float32)), nir.Affine(np.ones((3, 2), np.float32), np.ones(4, np.float32))):
+        with pytest.raises(UnsupportedError, match=r"does not take a value of shape \(2,\)"):
+            to_program(chain(wrong, shape=(2,)), 4)
+
+
 def edit(path: Path, change: Callable[[h5py.File], None]) -> None:
     with h5py.File(path, "r+") as file:
         change(file)
@@ -340,6 +369,10 @@ def ragged(file: h5py.File) -> None:
     file["node/nodes/spike1/r"] = np.ones(3)
 
 
+def no_number(file: h5py.File) -> None:
+    file["node/metadata/gain"][...] = np.nan
+
+
 def holed(file: h5py.File) -> None:
     file["node/nodes/head/weight"][0, 0] = np.nan
 
@@ -347,6 +380,7 @@ def holed(file: h5py.File) -> None:
 @pytest.mark.parametrize(
     ("change", "kind", "sentence"),
     [
+        (no_number, FormatError, "/node/metadata/gain holds 1 NaN values of 1; make the file again"),
         (holed, FormatError, r"/node/nodes/head/weight holds 1 NaN values of \d+; make the file again"),
         (newer, FormatError, r"written by nir 2\.1\.0; this edgekit reads files of nir 1\.x and older"),
         (kind_of("pool", "MaxPool2d"), UnsupportedError, r"node pool is a 'MaxPool2d', which NIR 1\.0\.8 does not have"),

@@ -15,7 +15,7 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ from edgekit.targets.pte_file import AGAIN, PteFile, read_pte
 from edgekit.targets.pte_layers import Placement, place
 from edgekit.targets.pte_taps import choose, spike_taps, tapped
 from edgekit.targets.qdq import to_qdq
+from edgekit.targets.silu_gate import is_gated
 
 __all__ = [
     "EXTRA", "SUFFIX", "Options", "available", "decode", "encode", "inspect", "lower", "readback", "run", "tap_file", "taps",
@@ -191,7 +192,9 @@ def _convert(program: FrozenProgram, options: Options) -> bytes:
 
             style, partitioners, rules = portable_style(), [], None
         else:
-            style, partitioners, rules = xnnpack_style(), [_xnnpack_partitioner()], ATEN_RULES
+            functions = _of_integers(program)
+            gated = _gated(program) if "sigmoid" in functions else set()
+            style, partitioners, rules = xnnpack_style(gated), [_xnnpack_partitioner(functions)], ATEN_RULES
         try:
             # a linear layer of rank three would be expanded into bmm and an add
             dynamic = any(layer.op in DYNAMIC_OPS for layer in program.layers)  # rows' scales are no core ATen
@@ -206,18 +209,45 @@ def _convert(program: FrozenProgram, options: Options) -> bytes:
             ) from error
 
 
-def _xnnpack_partitioner() -> Any:
-    """XNNPACK's partitioner, which by itself pads integers in float; its runtime pads them as integers."""
+def _gated(program: FrozenProgram) -> set[tuple[float, int, float, int]]:
+    """Scales and zero points, in and out, of the program's SiLUs that become a sigmoid and a product."""
+    gated = [layer.args for layer in program.layers if is_gated(layer)]
+    return {(a["in_scale"], a["in_zp"], a["out_scale"], a["out_zp"]) for a in gated}
+
+
+_OF_INTEGERS = {
+    "gelu": "GeluConfig", "hardswish": "HardswishConfig", "leaky_relu": "LeakyReLUConfig", "sigmoid": "SigmoidConfig",
+    "tanh": "TanhConfig",
+}  # fmt: skip
+"""Functions that XNNPACK's runtime has for int8, as look-ups but for LeakyReLU; its partitioner leaves them in float."""
+
+
+def _of_integers(program: FrozenProgram) -> set[str]:
+    """Those of :data:`_OF_INTEGERS` that the program has in integers only: one in float between integers would become one too."""
+    floats: set[str] = set()
+    for node in program.module.graph.nodes:
+        ends = [str(n.target) for n in (*node.all_input_nodes, *node.users)]
+        if node.op == "call_function" and any(end.startswith(("edgekit.dequantize", "edgekit.quantize")) for end in ends):
+            floats.add(str(node.target).split(".")[1])
+    return {*_OF_INTEGERS} - floats
+
+
+def _xnnpack_partitioner(functions: Collection[str] = ()) -> Any:
+    """XNNPACK's partitioner, which by itself pads integers in float and computes ``functions`` so; its runtime has int8 forms."""
     from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
-    from executorch.backends.xnnpack.partition.config.generic_node_configs import ConstantPadConfig
     from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
-    class IntegerPad(ConstantPadConfig):  # type: ignore[misc]
-        def supported_precision_types(self) -> list[Any]:
-            return [ConfigPrecisionType.FP32, ConfigPrecisionType.STATIC_QUANT]
+    widened = {"ConstantPadConfig", *(_OF_INTEGERS[name] for name in functions)}
 
-    return XnnpackPartitioner(configs=[IntegerPad if c is ConstantPadConfig else c for c in ALL_PARTITIONER_CONFIGS])
+    def types(self: Any) -> list[Any]:
+        return [ConfigPrecisionType.FP32, ConfigPrecisionType.STATIC_QUANT]
+
+    def config(kind: Any) -> Any:
+        name = kind.__name__
+        return type(name, (kind,), {"supported_precision_types": types}) if name in widened else kind
+
+    return XnnpackPartitioner(configs=[config(kind) for kind in ALL_PARTITIONER_CONFIGS])
 
 
 def _artifact(path: Path, file: PteFile, original: FrozenProgram, placement: Placement) -> Artifact:

@@ -3,6 +3,7 @@
 Each rule was chosen because the plain form splits the graph or falls back to a kernel outside the delegate:
 
 * an activation after add or mul gets a quantize of its own before it (the clamp of an integer, so still one rounding);
+* SiLU becomes a sigmoid and a product of integers where that is within one step of the table, which is faster than floats;
 * an average pool with padding becomes pad and pool (XNNPACK never counts padding), concatenation first brings its inputs to
   the output's scale (XNNPACK demands equal ones);
 * a strided slice of an image becomes a 1x1 depthwise convolution with weights and scales of one, which is exact:
@@ -12,7 +13,7 @@ Each rule was chosen because the plain form splits the graph or falls back to a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor
 from edgekit.frozen.ops import LUT_FUNCTIONS
 from edgekit.targets.executorch_binary import RULES as BINARY_RULES
 from edgekit.targets.qdq import Style
+from edgekit.targets.silu_gate import GATE
 
 __all__ = ["ATEN_RULES", "portable_style", "xnnpack_style"]
 
@@ -35,10 +37,11 @@ def portable_style() -> Style:
     return Style(integer_weights=True, rules=BINARY_RULES)
 
 
-def xnnpack_style() -> Style:
-    """Rules for XNNPACK. Linear weights of four bits or fewer are declared -8..7, which makes it store them as nibbles.
+def xnnpack_style(gated: Collection[tuple[float, int, float, int]] = ()) -> Style:
+    """Rules for XNNPACK. SiLUs of the given scales and zero points (in and out) are :mod:`edgekit.targets.silu_gate`'s.
 
-    Not with an odd number of inputs: XNNPACK then reads each row of nibbles half a byte off.
+    Linear weights of four bits or fewer are declared -8..7, which makes it store them as nibbles. Not with an odd number of
+    inputs: XNNPACK then reads each row of nibbles half a byte off.
     """
     plain, packed = Style(), Style(weight_range=lambda bits, rank: (-8, 7))
     dq, q = plain.dequantize, plain.quantize
@@ -54,6 +57,9 @@ def xnnpack_style() -> Style:
         return q(_ATEN.hardtanh.default(y, 0.0, 6.0) if activation == "relu6" else y, o_s, o_z)
 
     def lut(x: Tensor, table: Tensor, function: str, i_s: float, i_z: int, o_s: float, o_z: int) -> Tensor:
+        if function == "silu" and (i_s, i_z, o_s, o_z) in gated:
+            gate = dq(q(_ATEN.sigmoid.default(dq(x, i_s, i_z)), *GATE), *GATE)
+            return q(_ATEN.mul.Tensor(dq(x, i_s, i_z), gate), o_s, o_z)
         return q(_FUNCTIONS.get(function, LUT_FUNCTIONS[function])(dq(x, i_s, i_z)), o_s, o_z)
 
     def again(x: Tensor, op: Callable[..., Tensor], scale: float, zero_point: int, *args: Any) -> Tensor:

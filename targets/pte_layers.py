@@ -28,6 +28,9 @@ _PERMUTE = {"XNNStaticTranspose", "aten::permute_copy", "aten::t_copy", "aten::t
 _RESHAPE = {"XNNStaticReshape", "aten::view_copy", "aten::view"}
 _PAD = {"XNNStaticConstantPad", "aten::constant_pad_nd"}
 _CLAMP = {"XNNClamp", "aten::relu", "aten::hardtanh", "aten::clamp"}
+_PRODUCT = {"XNNMultiply", "aten::mul"}
+_SIGMOID = {"XNNSigmoid", "aten::sigmoid"}
+_HARDSWISH = {"XNNHardswish", "aten::hardswish"}
 _CONV = {"XNNConv2d", "XNNDepthwiseConv2d", "aten::convolution"}
 _CAT = {"aten::cat", *(f"XNNConcatenate{n}" for n in (2, 3, 4, 5))}
 _MAIN: Mapping[str, set[str]] = {
@@ -35,7 +38,7 @@ _MAIN: Mapping[str, set[str]] = {
     "qlinear": {"XNNFullyConnected", "aten::linear", "aten::addmm", "aten::mm"},
     "dynamic_qlinear": {"XNNFullyConnected"},
     "qadd": {"XNNAdd", "aten::add"},
-    "qmul": {"XNNMultiply", "aten::mul"},
+    "qmul": _PRODUCT,
     "qmean": {"XNNGlobalAvgPooling2d", "aten::mean"},
     "qavg_pool2d": {"XNNAvgPooling2d", "aten::avg_pool2d"},
     "qmax_pool2d": {"XNNMaxPooling2d", "aten::max_pool2d_with_indices", "aten::max_pool2d"},
@@ -51,11 +54,9 @@ _ABSORBED: Mapping[str, set[str]] = {
     "qpermute": _PERMUTE,
     "relu": _CLAMP,
     "relu6": _CLAMP,
-    "sigmoid": {"XNNSigmoid", "aten::sigmoid"},
+    "sigmoid": _SIGMOID,
     "tanh": {"XNNTanh", "aten::tanh"},
-    "silu": {"XNNSigmoid", "XNNMultiply", "aten::sigmoid", "aten::mul"},
-    "hardswish": {"XNNHardswish", "XNNAdd", "XNNClamp", "XNNMultiply", "XNNDiv", "aten::hardswish", "aten::add", "aten::mul",
-                  "aten::div", *_CLAMP},
+    "hardswish": {*_HARDSWISH, "XNNAdd", "XNNClamp", "XNNMultiply", "XNNDiv", "aten::add", "aten::mul", "aten::div", *_CLAMP},
     "hardsigmoid": {"XNNAdd", "XNNMultiply", "aten::add", "aten::mul", "aten::div", *_CLAMP},
     "gelu": {"XNNGelu", "aten::gelu"},
     "leaky_relu": {"XNNLeakyReLU", "aten::leaky_relu"},
@@ -156,6 +157,8 @@ class _Placer:
             ops, outs = [], [n for n in pool or () if self.dtype(n) == "float32"]
         elif layer.op in _MAIN:
             ops, outs = self.main(layer, pool), None
+        elif layer.op == "qlut" and layer.args["function"] == "silu":
+            ops, outs = self.gated(layer, pool), None
         else:
             ops, outs = self.absorb(layer, pool, _ABSORBED[layer.args["function"] if layer.op == "qlut" else layer.op])
         if outs is None:
@@ -357,12 +360,20 @@ class _Placer:
             reached |= set(outs)
         return ops, outs if ops or moves else []
 
-    def unlike(self, layer: Layer, number: int) -> tuple[bool, tuple[bool, bool], int]:
+    def gated(self, layer: Layer, pool: set[int] | None) -> list[int]:
+        """A sigmoid of the layer's input and the product of the two, both in float or both in int8."""
+        found: list[list[int]] = []
+        for i in self.candidates(_SIGMOID, pool) if pool is not None else ():
+            gate = set(self.spread(self.file.ops[i].outputs))
+            found += [[i, j] for j in self.candidates(_PRODUCT, (pool or set()) | gate) if gate & {*self.file.ops[j].inputs}]
+        return min(found, key=lambda pair: (self.fits(layer, self.outputs_peek(layer, self.file.ops[pair[1]])), pair), default=[])
+
+    def unlike(self, layer: Layer, number: int) -> tuple[bool, bool, tuple[bool, bool], int]:
         """Sorts first what a table function's next operator looks like: in float where the function takes several."""
-        outputs = self.file.ops[number].outputs
+        outputs, other = self.file.ops[number].outputs, self.file.ops[number].kind not in _HARDSWISH
         is_int8 = any(self.dtype(n) == "int8" for n in outputs)
-        several = layer.args["function"] in ("silu", "hardswish", "hardsigmoid", "elu")
-        return several and is_int8, self.fits(layer, self.outputs_peek(layer, self.file.ops[number])), number
+        several = layer.args["function"] in ("hardswish", "hardsigmoid", "elu")
+        return other, several and is_int8, self.fits(layer, self.outputs_peek(layer, self.file.ops[number])), number
 
     def done(self, layer: Layer, outs: Sequence[int]) -> bool:
         values = [self.file.tensors[n] for n in outs if self.dtype(n) == "int8"]

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekit.frozen import Layer
+from edgekit.targets.silu_gate import GATE, is_gated
 from edgekit.targets.tflite_file import enum_names, schema
 
 __all__ = ["add_constant", "add_operator", "add_tensor", "kind_of", "opcode", "restore_scales", "write_luts"]
@@ -95,32 +96,17 @@ def write_luts(model: Any, layers: Mapping[str, Layer]) -> None:
             if kind == "LEAKY_RELU":
                 native.builtinOptions.alpha = 0.01
             result.append(native)
-        elif layer.args["function"] == "silu" and _gated_error(layer) <= 1:
+        elif is_gated(layer):
             result += _gate(model, layer, op)
         else:
             result += _gather(model, layer, op)
     graph.operators = result
 
 
-_GATE = (1 / 256, -128)
-"""Scale and zero point of a sigmoid in int8, the only ones that LOGISTIC writes."""
-
-
-def _gated_error(layer: Layer) -> int:
-    """Largest difference of ``x * sigmoid(x)``, both rounded to int8 as XNNPACK does, from the table, over all 256 inputs."""
-    a, q = layer.args, np.arange(-128, 128)
-    real = (q - a["in_zp"]) * float(np.float32(a["in_scale"]))
-    gate = np.clip(np.rint(1 / (1 + np.exp(-real)) / _GATE[0]), 0, 255)
-    factor = np.float32(a["in_scale"]) * np.float32(_GATE[0]) / np.float32(a["out_scale"])
-    product = ((q - a["in_zp"]) * gate).astype(np.float32) * factor
-    found = np.clip(np.rint(product) + a["out_zp"], -128, 127)
-    return int(np.abs(found - a["table"].numpy()).max())
-
-
 def _gate(model: Any, layer: Layer, op: Any) -> list[Any]:
     graph = model.subgraphs[0]
     source, out = int(op.inputs[0]), int(op.outputs[0])
-    gate = add_tensor(graph, f"{layer.name}/gate", graph.tensors[out], "INT8", _quantization(*_GATE))
+    gate = add_tensor(graph, f"{layer.name}/gate", graph.tensors[out], "INT8", _quantization(*GATE))
     return [
         add_operator(model, "LOGISTIC", 2, [source], [gate]),
         add_operator(model, "MUL", 2, [source, gate], [out], "MulOptions"),

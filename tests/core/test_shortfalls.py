@@ -21,7 +21,7 @@ X = torch.randn(64, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
 class Gates(nn.Module):
-    """Functions of one value that no XNNPACK or onnxruntime kernel computes in integers."""
+    """Functions of one value that no onnxruntime kernel computes in integers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,14 +73,25 @@ def test_an_integer_layer_in_float_is_named_everywhere(tmp_path: Path, capsys: p
 @pytest.mark.slow
 def test_float_in_a_delegate_is_float(tmp_path: Path) -> None:
     pytest.importorskip("executorch")
-    outcome = run(tmp_path / "run", "executorch", weights="int4", keep_first_last_8bit=False)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.Hardsigmoid(), nn.Conv2d(4, 4, 3, padding=1), nn.Flatten(), nn.Linear(144, 3)
+    )
+    settings = {"ptq": {"weights": "int4", "keep_first_last_8bit": False}}
+    outcome = edgekit.run_model(model.eval(), X, tmp_path / "run", compress=settings, targets=["executorch"], resume=False)
     assert outcome.warnings == (
-        "executorch: 2 integer layers run in float between integers: silu, gelu",
-        "executorch: weights below 8 bits of 2 layers are stored as int8: stem, conv",
+        "executorch: 1 integer layer runs in float between integers: 1",
+        "executorch: weights below 8 bits of 2 layers are stored as int8: 0, 2",
     )
     html = render(outcome.folder)
-    assert "Integer layers of the program that this file computes in float: silu, gelu" in html
-    assert '<span data-run="float">0.0 %</span>, 2 ops' in html
+    assert "Integer layers of the program that this file computes in float: 1" in html
+    assert '<span data-run="float">0.0 %</span>, 1 ops' in html
+
+
+@pytest.mark.slow
+def test_functions_that_xnnpack_has_for_integers_are_no_shortfall(tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    assert run(tmp_path / "run", "executorch").warnings == ()
 
 
 def test_what_stays_in_float_is_named_and_has_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,10 +14,13 @@ import pytest
 import torch
 from nets import images, residual_net
 from pte_nets import Dense, Encoder, Functions, IntegerLinear, OptionA, Shapes, program
+from torch import Tensor, nn
 
+import edgekit
 from edgekit.artifact import Artifact
 from edgekit.errors import FormatError, InputError, UnsupportedError
 from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module
+from edgekit.frozen.ops import lut_table
 from edgekit.targets import executorch
 from edgekit.targets.pte_file import PteFile, read_pte
 from edgekit.targets.pte_layers import place
@@ -137,10 +140,54 @@ def test_table_functions_stay_in_one_delegate(tmp_path: Path) -> None:
     frozen = program(Functions, 3, 8, 8)
     found = executorch.lower(frozen, tmp_path / "functions.pte")
     assert len(read_pte(found.path).delegates) == 1 and {c.runs for c in found.coverage} == {"delegated", "float"}
-    functions = {la.name for la in frozen.layers if la.op == "qlut"} - {"relu", "relu6"}  # XNNPACK clamps integers
-    assert {c.layer for c in found.coverage if c.runs == "float"} == functions
-    assert "float32" in next(c.note for c in found.coverage if c.layer == "sigmoid")
+    assert {c.layer for c in found.coverage if c.runs == "float"} == {"hardsigmoid", "elu"}  # XNNPACK has no int8 form of them
+    assert "float32" in next(c.note for c in found.coverage if c.layer == "elu")
     check_taps(frozen, found.path, torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize(
+    ("function", "out", "runs", "lsb"),
+    [
+        ("silu", (0.03, -118), "delegated", 1),
+        ("silu", (0.0015, 60), "float", 0),  # so fine a scale shows the gate's own rounding
+        ("sigmoid", (0.0041, -128), "delegated", 0),
+        ("tanh", (0.006, 3), "delegated", 0),
+        ("gelu", (0.03, -118), "delegated", 0),
+    ],
+)
+def test_all_256_entries_of_a_table(function: str, out: tuple[float, int], runs: str, lsb: int, tmp_path: Path) -> None:
+    (scale, zero_point), table = (0.06, 17), lut_table(function, 0.06, 17, *out)
+    ends = {"in_scale": scale, "in_zp": zero_point, "out_scale": out[0], "out_zp": out[1]}
+    net = nn.Sequential(
+        FrozenOp("quantize", 1, {}, scale=scale, zero_point=zero_point, bits=8),
+        FrozenOp("qlut", 1, {"table": table}, function=function, **ends),
+        FrozenOp("dequantize", 1, {}, scale=out[0], zero_point=out[1]),
+    )
+    x = (torch.arange(-128, 128)[None] - zero_point) * scale
+    frozen = freeze_module(net, (x,))
+    found = executorch.lower(frozen, tmp_path / "f.pte")
+    assert found.coverage[1].runs == runs
+    value = executorch.taps(found.path, frozen, [x.numpy()])["1"]
+    assert np.abs(value.astype(int) - table.numpy().astype(int)).max() <= lsb
+
+
+def test_a_sigmoid_beside_a_silu_of_the_same_tensor(tmp_path: Path) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            y: Tensor = self.c(torch.sigmoid(x)) + self.b(nn.functional.silu(x))
+            return y
+
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 8, 8)
+    frozen = edgekit.compress_model(Both().eval(), x).program
+    found = executorch.lower(frozen, tmp_path / "both.pte")
+    assert {c.runs for c in found.coverage} == {"delegated"}
+    check_taps(frozen, found.path, x[:1])
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +298,7 @@ def test_float_weights_are_found_although_delegated(
         real = torch.ops.aten.linear.default(style.dequantize(x, i_s, i_z), w.float() * ws[:, None], b.float() * (ws * i_s))
         return style.quantize(real, o_s, o_z)
 
-    monkeypatch.setattr(executorch, "xnnpack_style", lambda: replace(style, rules={**rules, "qlinear": linear}))
+    monkeypatch.setattr(executorch, "xnnpack_style", lambda gated: replace(style, rules={**rules, "qlinear": linear}))
     path = tmp_path / "float.pte"
     with pytest.raises(executorch.ParityError, match="layer head: weight type is float32"):
         executorch.lower(residual, path)

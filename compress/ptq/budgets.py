@@ -9,7 +9,7 @@ import torch
 
 from edgekit import costs
 from edgekit.compress.capture import Graph
-from edgekit.compress.ptq.settings import PTQ, Mixed, WeightType, bits_of, stored_bits
+from edgekit.compress.ptq.settings import PTQ, Mixed, WeightType, bits_of
 from edgekit.compress.ptq.simulate import taps
 from edgekit.compress.ptq.units import Unit, weight_of
 from edgekit.errors import InputError
@@ -68,13 +68,13 @@ def storable(
 
 def budgets(
     graph: Graph, layers: Sequence[Unit], in_order: Sequence[Sequence[WeightType]], settings: PTQ, how: Mixed,
-    batch: tuple[torch.Tensor, ...], zeros: Sequence[int],
+    batch: tuple[torch.Tensor, ...], bits: Sequence[int],
 ) -> list[Budget]:  # fmt: skip
     """The limits of ``how``, the first of which points of a front are ordered by; bytes without a limit for an accuracy.
 
     Args:
         in_order: the choices of each layer.
-        zeros: zero point of each layer's input.
+        bits: of each layer's input.
 
     Raises:
         InputError: instructions or latency without a target, or for one whose table has another unit or no such layer.
@@ -87,8 +87,7 @@ def budgets(
     if how.instructions is not None or how.latency is not None:
         found.append(_of_target(how, works, at8))
     if how.bops is not None:
-        bits = [float(_levels(zero, settings)) for zero in zeros]
-        bops = tuple(tuple(w.macs * w.bits * b for w in ws) for ws, b in zip(works, bits, strict=True))
+        bops = tuple(tuple(w.macs * w.bits * float(b) for w in ws) for ws, b in zip(works, bits, strict=True))
         found.insert(0, Budget("bops", bops, sum(w.macs * 64.0 for w in at8), how.bops))
     elif how.size is not None or how.max_accuracy_drop is not None:
         size = tuple(tuple(w.weights * w.bits / 8 for w in ws) for ws in works)
@@ -114,9 +113,3 @@ def _of_target(how: Mixed, works: Sequence[Sequence[costs.Work]], at8: Sequence[
 
     made = tuple(tuple(cost(w) for w in ws) for ws in works)
     return Budget(name, made, sum(cost(w) for w in at8), share)
-
-
-def _levels(zero_point: int, settings: PTQ) -> int:
-    """Bits of an activation: few where its zero point says so."""
-    few = bits_of(settings.activations)
-    return few if few < 8 and zero_point == 127 - ((1 << few) - 1) else stored_bits(settings.activations)

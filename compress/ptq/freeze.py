@@ -106,8 +106,11 @@ class _Builder:
         if node not in self.integer:
             q = self.plan.activations[node.name]
             op = FrozenOp("quantize", 1, {}, scale=q.scale, zero_point=q.zero_point, bits=q.bits)
-            name = self._free(f"{self.graph.names.get(node.name, node.name)}_quantize")
-            self.integer[node] = self._add(name, op, self._real(node))
+            layer, real = self.graph.names.get(node.name, node.name), self._real(node)
+            if q.few:  # int8 saturates at the upper end of its few levels, nothing else holds the lower one
+                low = q.scale * (q.bounds("none")[0] - q.zero_point)
+                real = self._add_float(f"{layer}_levels", torch.ops.aten.clamp.default, real, low)
+            self.integer[node] = self._add(self._free(f"{layer}_quantize"), op, real)
         return self.integer[node]
 
     def _free(self, name: str) -> str:
@@ -118,6 +121,10 @@ class _Builder:
 
     def _add(self, name: str, op: FrozenOp, *inputs: fx.Node) -> fx.Node:
         self._place(name, op)
+        return self.out.create_node("call_module", name, inputs)
+
+    def _add_float(self, name: str, target: Any, *inputs: Any) -> fx.Node:
+        self._place(name := self._free(name), FloatOp(target))
         return self.out.create_node("call_module", name, inputs)
 
     def _place(self, name: str, op: nn.Module) -> None:

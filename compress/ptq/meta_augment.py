@@ -31,7 +31,6 @@ from edgekit.compress.ptq.settings import Meta
 from edgekit.compress.ptq.simulate import simulate
 from edgekit.compress.ptq.soft import SoftLayer, rounding_loss
 from edgekit.compress.ptq.units import Unit, weight_of
-from edgekit.frozen.ops import activation_bounds
 
 __all__ = ["Transform", "margin", "outer_loss", "relations", "stepped", "student_of", "train_transform"]
 
@@ -59,7 +58,7 @@ class _Quantizer(nn.Module):
 
     def __init__(self, q: ActQ, activation: str) -> None:
         super().__init__()
-        low, high = activation_bounds(activation, q.scale, q.zero_point, q.bits)
+        low, high = q.bounds(activation)
         self.low, self.high = low - q.zero_point, high - q.zero_point
         self.log_scale = nn.Parameter(torch.tensor(math.log(q.scale)))
 

@@ -110,8 +110,8 @@ def choose_bits(
                 if progress:
                     progress(sum(map(len, noises.values())), sum(map(len, choices.values())))
     in_order = [[c for c in plans if c in choices[u.name]] for u in layers]
-    zeros = [model.plan.activations[u.inputs[0].name].zero_point for u in layers]
-    limits = budgets(graph, layers, in_order, settings, how, samples[0], zeros)
+    inputs = [model.plan.activations[u.inputs[0].name] for u in layers]
+    limits = budgets(graph, layers, in_order, settings, how, samples[0], [q.few or q.bits for q in inputs])
     first, noise = limits[0], [noises[u.name] for u in layers]
     points = front(first.costs, noise)
     if how.max_accuracy_drop is not None:

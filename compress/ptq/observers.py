@@ -7,12 +7,14 @@ clip with the least quantization error (as in Banner et al. 2019, found by searc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from edgekit.frozen.ops import activation_bounds
 
 __all__ = ["ActQ", "Observer", "choose_range", "narrowed", "quantization_of"]
 
@@ -24,11 +26,27 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ActQ:
-    """Quantization of one activation: ``real = scale * (q - zero_point)``, signed integers of ``bits`` bits."""
+    """Quantization of one activation: ``real = scale * (q - zero_point)``, signed integers of ``bits`` bits.
+
+    Attributes:
+        few: only the top ``2 ** few`` integers are used; 0: all.
+        floor: the least scale with which whatever the layer can make is no lower than the lowest of them.
+    """
 
     scale: float
     zero_point: int
     bits: int = 8
+    few: int = 0
+    floor: float = 0.0
+
+    def bounds(self, activation: str, scale: float | None = None) -> tuple[int, int]:
+        """Least and greatest integer after a fused activation; ``scale``: another one than its own."""
+        low, high = activation_bounds(activation, self.scale if scale is None else scale, self.zero_point, self.bits)
+        return (max(low, high + 1 - (1 << self.few)) if self.few else low), high
+
+    def scaled(self, scale: float) -> ActQ:
+        """The same with a learned scale, not below ``floor``."""
+        return replace(self, scale=max(scale, _float32(self.floor)))
 
 
 class Observer:
@@ -81,14 +99,22 @@ def quantization_of(low: float, high: float, bits: int = 8, symmetric: bool = Fa
     return ActQ(scale, int(np.clip(round(qmin - low / scale), qmin, qmax)), bits)
 
 
-def narrowed(high: float, bits: int) -> ActQ:
-    """8-bit quantization of what a ReLU made with only the top ``2 ** bits`` integers: ``narrowed(3.0, 4).zero_point == 112``.
+def narrowed(low: float, high: float, bits: int, least: float) -> ActQ:
+    """8-bit quantization with only the top ``2 ** bits`` integers: ``narrowed(0.0, 3.0, 4, 0.0).zero_point == 112``.
 
-    The zero point is the lowest of them, so the ReLU's own clamp and the saturation of int8 are all that holds values on the grid
-    of few bits: no operator and no target needs to know.
+    What a ReLU made is held on them by its own clamp and by the saturation of int8: no operator and no target needs to know. So
+    is what a function made that has a least value, since the range goes down to it. What enters from float has to be clamped.
+
+    Args:
+        least: the least value that the layer can make: 0 after a ReLU, -0.17 after a GELU, -inf for what enters from float.
     """
+    low, high = (min(low, 0.0) if least == -np.inf else least), max(high, 0.0)
     steps = (1 << bits) - 1
-    return ActQ(_float32(high / steps) if high > 0 else 1.0, 127 - steps, 8)
+    if high == low:
+        return ActQ(1.0, 127 - steps, 8, bits)
+    scale = _float32((high - low) / steps)
+    below = int(np.clip(round(-low / scale), 0, steps))
+    return ActQ(scale, 127 - steps + below, 8, bits, -least / (below + 0.49) if -np.inf < least < 0 else 0.0)
 
 
 def choose_range(

@@ -246,7 +246,7 @@ def calibrate(graph: Graph, units: Sequence[Unit], settings: Quantization, data:
         if name == root and observer.high <= observer.low:
             what = f"layer {graph.names[name]}: its output was" if name in graph.names else f"input {name}: it was"
             warnings.append(f"{what} constant ({observer.low:.3g}) during calibration")
-        result[name] = quantization_for(observer, settings, root in few, root in answers)
+        result[name] = quantization_for(observer, settings, few.get(root), root in answers)
     return result | {u.output.name: SIGNS for u in units if u.packed}, warnings
 
 
@@ -272,17 +272,17 @@ class _Samples:
         return [] if self.differ else [f"calibration: all {self.count} samples are equal; give samples that differ"]
 
 
-def quantization_for(observer: Observer, settings: Quantization, few: bool = False, answers: bool = False) -> ActQ:
+def quantization_for(observer: Observer, settings: Quantization, least: float | None = None, answers: bool = False) -> ActQ:
     """What the settings make of an observed activation.
 
     Args:
-        few: it gets the few bits that ``settings.activations`` says, see :func:`few_bits`.
+        least: it gets the few bits that ``settings.activations`` says, and is never below this, see :func:`few_bits`.
         answers: it is an output of the model, never clipped: clipped logits would tie.
     """
     method = "minmax" if answers else settings.observer
-    if few:
+    if least is not None:
         bits = bits_of(settings.activations)
-        return narrowed(choose_range(observer, method, settings.percentile, bits)[1], bits)
+        return narrowed(*choose_range(observer, method, settings.percentile, bits), bits, least)
     bits, symmetric = stored_bits(settings.activations), settings.symmetric_activations
     low, high = choose_range(observer, method, settings.percentile, bits, symmetric)
     return quantization_of(low, high, bits, symmetric)

@@ -30,7 +30,6 @@ from edgekit.compress.ptq.simulate import simulate
 from edgekit.compress.ptq.units import Unit, weight_of
 from edgekit.data import Data, Source, batches
 from edgekit.errors import DataError, InputError, ModelError
-from edgekit.frozen.ops import activation_bounds
 
 __all__ = ["epoch_of", "read_back", "train_plan", "trainable_twin"]
 
@@ -92,7 +91,7 @@ class _Learned(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Any, Any, Any]:
         scale, zero = self.log_scale.exp(), self.q.zero_point
         size = float(scale.detach()) if self.activation == "relu6" else self.q.scale  # no other bound depends on it
-        low, high = activation_bounds(self.activation, size, zero, self.q.bits)
+        low, high = self.q.bounds(self.activation, size)
         real = (x.float() / scale + zero).clamp(low, high)
         integers = real + (torch.round(real) - real).detach()
         return (integers - zero) * scale, scale, self.zero_point, self.bits
@@ -224,7 +223,7 @@ def read_back(module: fx.GraphModule, plan: Plan, scales: Mapping[str, nn.Parame
     """The plan with the integers, scales and biases of a trained twin."""
     activations = dict(plan.activations)
     for name, log_scale in scales.items():
-        activations[name] = replace(activations[name], scale=float(log_scale.detach().cpu().exp()))
+        activations[name] = activations[name].scaled(float(log_scale.detach().cpu().exp()))
     layers = layers_of(module, plan)
     weights: dict[str, WeightQ] = {}
     with torch.no_grad():

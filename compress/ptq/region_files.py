@@ -29,7 +29,7 @@ def write_region(
         tensors |= {} if w.zero is None else {f"{i}.zero": w.zero}
     about = {
         "bits": {name: w.bits for name, w in weights.items()},
-        "activations": {name: [q.scale, q.zero_point, q.bits] for name, q in activations.items()},
+        "activations": {name: [q.scale, q.zero_point, q.bits, q.few, q.floor] for name, q in activations.items()},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, save({k: v.contiguous() for k, v in tensors.items()}, {"about": json.dumps(about)}))

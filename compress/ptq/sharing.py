@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 from edgekit.compress.ptq.observers import ActQ
 from edgekit.compress.ptq.settings import Quantization, bits_of
@@ -47,30 +48,44 @@ def groups(units: Sequence[Unit]) -> dict[str, str]:
     return {name: find(name) for name in list(parent)}
 
 
-def few_bits(units: Sequence[Unit], settings: Quantization) -> set[str]:
-    """Roots of the groups of activations that get fewer than 8 bits: made by ReLUs alone and read by a weighted layer.
+def few_bits(units: Sequence[Unit], settings: Quantization) -> dict[str, float]:
+    """Roots of the groups of activations that get fewer than 8 bits, with the least value that each can have.
 
-    The last weighted layer's input keeps 8 bits with ``keep_first_last_8bit``.
+    These are the inputs of weighted layers that a ReLU made (0), or another function with a least value, or that enter from float
+    (-inf) and nothing but weighted layers read as integers; not the model's own inputs. The last weighted layer's input keeps
+    8 bits with ``keep_first_last_8bit``.
     """
     if bits_of(settings.activations) >= 8:
-        return set()
+        return {}
     shared = groups(units)
     weighted = [u for u in units if u.weight is not None]
     read = {shared[u.inputs[0].name] for u in weighted}
     if settings.keep_first_last_8bit and weighted:
         read.discard(shared[weighted[-1].inputs[0].name])
     made = {u.output.name for u in units}
-    other = {shared[u.output.name] for u in units if not (u.inherits or u.kind == "qconcat" or _made_by_relu(u))}
-    other |= {shared[n.name] for u in units for n in u.inputs if n.name not in made}
+    least: dict[str, float] = {}
+    for u in units:
+        if not (u.inherits or u.kind == "qconcat"):
+            least[shared[u.output.name]] = min(_least(u), least.get(shared[u.output.name], 0.0))
+    other = {root for root, low in least.items() if low == -math.inf}
+    entering = [(u, n) for u in units for n in u.inputs if n.name not in made and not u.real]
+    other |= {shared[n.name] for u, n in entering if n.op == "placeholder" or not (u.weight is not None or u.inherits)}
     other |= {shared[u.output.name] for u in units if any(n.op == "output" for n in u.output.users)}
-    return read - other
+    entered = {shared[n.name] for _, n in entering}
+    return {root: -math.inf if root in entered else least.get(root, 0.0) for root in read - other}
 
 
-def _made_by_relu(unit: Unit) -> bool:
-    return unit.activation != "none" or unit.attributes.get("function") in ("relu", "relu6")
+_LEAST = {"relu": 0.0, "relu6": 0.0, "gelu": -0.17, "silu": -0.2785, "hardswish": -0.375}
+"""Least values of functions, rounded outwards."""
 
 
-def eight_bit_inputs(units: Sequence[Unit], few: set[str], settings: Quantization) -> list[str]:
+def _least(unit: Unit) -> float:
+    if unit.activation != "none":
+        return 0.0
+    return _LEAST.get(str(unit.attributes.get("function")), -math.inf)
+
+
+def eight_bit_inputs(units: Sequence[Unit], few: Mapping[str, float], settings: Quantization) -> list[str]:
     """Sentences on activations of few bits: what rounds them otherwise, and the layers whose inputs have more than asked for."""
     if bits_of(settings.activations) >= 8:
         return []
@@ -82,4 +97,4 @@ def eight_bit_inputs(units: Sequence[Unit], few: set[str], settings: Quantizatio
     if not wide:
         return said
     names = ", ".join(wide[:5]) + (f" and {len(wide) - 5} more" if len(wide) > 5 else "")
-    return [*said, f"activations: {len(wide)} layers keep 8-bit inputs, which no ReLU made ({names})"]
+    return [*said, f"activations: {len(wide)} layers keep 8-bit inputs, which neither a ReLU made nor float layers ({names})"]

@@ -22,7 +22,6 @@ from edgekit.compress.ptq.observers import ActQ
 from edgekit.compress.ptq.plan import Plan, WeightQ
 from edgekit.compress.ptq.units import Unit
 from edgekit.frozen.dynamic_ops import DYNAMIC_OPS, dynamic_linear, weight_only_linear
-from edgekit.frozen.ops import activation_bounds
 
 __all__ = ["DynamicLayer", "FakeQuantize", "SignedLayer", "WeightedLayer", "layer_of", "simulate", "taps"]
 
@@ -33,7 +32,7 @@ class FakeQuantize(nn.Module):
     def __init__(self, q: ActQ, activation: str = "none") -> None:
         super().__init__()
         self.q = q
-        self.low, self.high = activation_bounds(activation, q.scale, q.zero_point, q.bits)
+        self.low, self.high = q.bounds(activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: any shape, float32."""

@@ -18,7 +18,6 @@ from edgekit.compress.ptq.observers import ActQ
 from edgekit.compress.ptq.plan import WeightQ
 from edgekit.compress.ptq.simulate import WeightedLayer
 from edgekit.compress.ptq.units import Unit
-from edgekit.frozen.ops import activation_bounds
 
 __all__ = ["Chances", "LearnedActivation", "SoftLayer", "rounding_loss"]
 
@@ -158,7 +157,7 @@ class LearnedActivation(nn.Module):
         if self.seen is not None:
             self.seen(self, x)
         scale = math.exp(float(self.log_scale.detach()))
-        low, high = activation_bounds(self.activation, scale, self.q.zero_point, self.q.bits)
+        low, high = self.q.bounds(self.activation, scale)
         mask = None if self.chances is None else self.chances.mask(x.shape)
         if mask is not None and self.activation == "relu6":
             x = F.hardtanh(x, 0.0, 6.0)

@@ -95,7 +95,7 @@ class Student:
             observer = observers[root]
             observer.extend(low_clipped.cpu())
             observer.count(low_clipped.cpu())
-            q = quantization_for(observer, engine.settings, root in engine.few)
+            q = quantization_for(observer, engine.settings, engine.few.get(root))
             for other in self.quantizers:
                 if engine.shared[other.name] == root:
                     other.q = q
@@ -131,7 +131,7 @@ class Student:
         found = {}
         for name, root in self.engine.shared.items():
             if root in qs:
-                found[name] = replace(qs[root].q, scale=float(self.scales[root].detach().exp().cpu()))
+                found[name] = qs[root].q.scaled(float(self.scales[root].detach().exp().cpu()))
         return found
 
     def weights(self, plan: Plan) -> dict[str, WeightQ]:

@@ -82,7 +82,9 @@ def test_a_soft_layer_starts_at_the_float_weight_and_ends_at_a_neighbour() -> No
     assert rounding_loss([soft], 2.0).item() == 0
 
 
-@pytest.mark.parametrize(("activation", "q"), [("none", ActQ(0.1, 3)), ("relu", narrowed(1.5, 4)), ("relu6", ActQ(0.05, -128))])
+@pytest.mark.parametrize(
+    ("activation", "q"), [("none", ActQ(0.1, 3)), ("relu", narrowed(0.0, 1.5, 4, 0.0)), ("relu6", ActQ(0.05, -128))]
+)
 @pytest.mark.parametrize("drop", [0.0, 0.5])
 def test_a_learned_activation_is_the_quantizer_and_its_gradient_the_straight_through_one(
     activation: str, q: ActQ, drop: float
@@ -159,7 +161,32 @@ def test_few_bits_are_levels_of_int8() -> None:
     assert int(found.min()) < 0, "the model's input keeps 8 bits"
     assert any("8-bit inputs" in w for w in plan.warnings), "the gate before the last layer is no ReLU"
     assert PTQ(activations="int4", keep_first_last_8bit=True).activations == "int4"
-    assert narrowed(3.0, 2) == ActQ(1.0, 124, 8)
+    assert narrowed(-5.0, 3.0, 2, least=0.0) == ActQ(1.0, 124, 8, few=2)
+
+
+@pytest.mark.parametrize("method", ["nearest", "brecq"])
+def test_few_bits_of_what_enters_from_float_and_of_gelu(method: str) -> None:
+    """An encoder's linear layers read 16 levels; the frozen program keeps them by a clamp in front of the quantizer."""
+    graph, x = ready(Encoder)
+    how = Reconstruct(steps=10, drop=0.5)
+    graph, plan = quantize(graph, PTQ(activations="int4", method=method, reconstruct=how, **FOUR), Data(3 * x))
+    few = {n: q for n, q in plan.activations.items() if q.few}
+    inner = [u for u in plan.units if u.weight is not None][1:-1]
+    assert {u.inputs[0].name for u in inner} <= set(few)
+    assert any("1 layers keep 8-bit inputs" in w and "(embed)" in w for w in plan.warnings), "the model's own input"
+    assert all(112 <= q.zero_point <= 127 for q in few.values()) and any(q.zero_point > 113 for q in few.values())
+    program = freeze(graph, plan)
+    seen = program.forced_outputs({}, 9 * x[:1])[0]
+    entered = [layer for layer in program.layers if layer.op in ("quantize", "qlut")]
+    levels = {layer.name: seen[layer.name] for layer in entered if (layer.out_zero_point or 0) >= 112}
+    assert len(levels) == len(few) and any("gelu" in name for name in levels)
+    for name, values in levels.items():
+        assert int(values.min()) >= 112, name
+    with torch.no_grad():
+        wanted = simulate(graph, plan)(x)
+    step = plan.activations[plan.units[-1].output.name].scale
+    found = torch.cat([program.run(one)[0] for one in x.split(1)])
+    assert float((found - wanted).abs().max()) <= 2.01 * step
 
 
 def test_the_same_seed_gives_the_same_integers_resumed_spilled_or_not(tmp_path: Path) -> None:
@@ -232,13 +259,16 @@ def test_one_sample_is_too_few() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["onnx", "tflite", "executorch"])
-def test_few_bits_are_exact_in_every_file(target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [(t, PreActivation) for t in ("onnx", "tflite", "executorch")] + [(t, Encoder) for t in ("tflite", "executorch")],
+)
+def test_few_bits_are_exact_in_every_file(target: str, kind: type[nn.Module], tmp_path: Path) -> None:
     from edgekit import targets
 
-    graph, x = ready(PreActivation)
+    graph, x = ready(kind)
     graph, plan = quantize(graph, PTQ(activations="int4", **FOUR), Data(x))
-    assert sum(q.zero_point == 112 for q in plan.activations.values()) >= 1
+    assert any(q.few == 4 for q in plan.activations.values())
     program = freeze(graph, plan)
     module = targets.get(target)
     module.lower(program, tmp_path / f"model{module.SUFFIX}")

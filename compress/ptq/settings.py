@@ -33,10 +33,11 @@ class Quantization:
     Attributes:
         weights: integer type of weights; per output channel (see ``per_channel``), symmetric.
         activations: integer type of activations. int16 (zero point 0) is taken by the target ``tflite`` alone. int4
-            and int2: what ReLUs and the like make, or float layers, and a weighted layer other than the last reads has 16 or 4
-            levels, stored as int8 (no smaller and no faster here); all else keeps int8, and is named. dynamic: linear layers quantize each row of their
-            input to int8 while they run, without calibration ("8da8w", "8da4w"); float: they do not (weight only). Everything
-            but linear layers then stays float. For transformers; ``ptq`` with ``nearest`` or ``gptq`` only.
+            and int2: what ReLUs and the like make, or float layers, and a weighted layer other than the last reads has 16 or
+            4 levels, stored as int8 (no smaller and no faster here); all else keeps int8, and is named. dynamic: linear layers
+            quantize each row of their input to int8 while they run, without calibration ("8da8w", "8da4w"); float: they do not
+            (weight only). Everything but linear layers then stays float. For transformers; ``ptq`` with ``nearest`` or ``gptq``
+            only.
         group_size: with activations dynamic or float, so many inputs of a linear layer share a weight scale; a multiple of 32 for
             ExecuTorch. Left out: one scale for each output channel.
         observer: how the range of an activation is chosen from calibration data. ``minmax``: the extremes; ``moving_average``:

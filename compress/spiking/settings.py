@@ -67,6 +67,8 @@ class Spiking:
         backward_steps: of ``sltt_k``; 1 if left out.
         stages: of ``train``: numbers of steps trained one after the other, each from the weights, thresholds and leaks of the
             one before (IIR-SNN, Chowdhury et al. 2022), such as [5, 3, 1]; the last one is frozen, in place of ``steps``.
+        chip: of ``train``: weights and decays are trained on the grid of ``xylo`` (8 bits a neuron, decays by bit shifts; neuron
+            cuba), ``loihi2`` (8 bits a layer, decays in 4096ths) or ``speck`` (8 bits a layer; neuron if).
         frames: the input holds the steps, (N, T, ...), as event frames; the model is an ``edgekit.compress.spiking.Frames``.
         epochs, learning_rate, train_batch_size: of ``qcfs`` and of each stage of ``train``: Adam, cosine decay to zero.
         target_accuracy: budget of ``auto``: the task metric, in its unit, on held-out training samples.
@@ -103,6 +105,7 @@ class Spiking:
     rule: Literal["bptt", "sltt", "sltt_k"] = "bptt"
     backward_steps: Annotated[int, Field(ge=1)] | None = None
     stages: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = ()
+    chip: Literal["xylo", "loihi2", "speck"] | None = None
     frames: bool = False
     epochs: Annotated[int, Field(ge=1)] = 5
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
@@ -128,6 +131,8 @@ class Spiking:
             raise ValueError(f"{' and '.join(budget)}: a budget is for method auto; {self.method} runs `steps` steps")
         if self.method != "train" and (self.neuron != "if" or self.reset != "subtract" or self.stages):
             raise ValueError("neuron, reset and stages are for method train: a converted neuron integrates and subtracts")
+        if problem := _off_chip(self):
+            raise ValueError(f"chip {self.chip}: {problem}")
         if self.schedule == "layered" and (self.method in ("train", "auto") or self.early_exit is not None):
             raise ValueError("schedule layered is for balance, calibrate and qcfs without early_exit")
         if self.frames and self.method != "train":
@@ -141,3 +146,19 @@ class Spiking:
         if self.backward_steps is not None and self.backward_steps > min((self.steps, *self.stages)):
             raise ValueError(f"backward_steps {self.backward_steps} of {min((self.steps, *self.stages))} steps; give fewer")
         return self
+
+
+def _off_chip(settings: Spiking) -> str:
+    """What of the settings the chip to train for does not have; "" if all fits."""
+    neuron, reset = settings.neuron, settings.reset
+    if settings.chip is None:
+        return ""
+    if settings.method != "train":
+        return "its grid is for method train; a converted network is quantized after the fact, `edgekit verify RUN -d sim:NAME`"
+    if settings.chip == "xylo" and (not neuron.startswith("cuba") or reset != "subtract" or settings.spikes > 31):
+        return "its neurons are neuron: cuba with reset: subtract and up to 31 spikes a step"
+    if settings.chip == "loihi2" and settings.spikes > 1:
+        return "its neurons spike once a step; leave spikes at 1"
+    if settings.chip == "speck" and neuron != "if":
+        return "its neurons are neuron: if, without a leak"
+    return ""

@@ -14,6 +14,7 @@ from edgekit.compress.capture import Graph
 from edgekit.compress.spiking import qcfs
 from edgekit.compress.spiking.amplitude import fold_amplitudes
 from edgekit.compress.spiking.calibrate import Layer, activations, calibrate, correct, threshold_of
+from edgekit.compress.spiking.chip_grid import ready
 from edgekit.compress.spiking.freeze import stateless
 from edgekit.compress.spiking.graph import Site, Survey, average_pools, free_batches, rectifiers_first, survey
 from edgekit.compress.spiking.input_layer import ENCODER, with_encoder
@@ -216,6 +217,8 @@ def _train(graph: Graph, found: Survey, settings: Spiking, data: Data, batch: tu
     net = unroll(graph, found, neuron, first, frames=settings.frames)
     calibrate(net, graph, batch, replace(settings, per_channel=False, correct="bias"))
     fold_amplitudes(net)
+    if settings.chip is not None:
+        ready(net, settings.chip, ENCODER)
     judge = for_report(graph, data, _REPORTED, settings.batch_size)
     stages: list[dict[str, Any]] = []
 
@@ -227,7 +230,7 @@ def _train(graph: Graph, found: Survey, settings: Spiking, data: Data, batch: tu
     net = shorten(net, _training(data), settings, note, lambda i, n: progress("train spiking network", i, n))
     made = Made(net, _layers_of(net))
     for layer in made.layers:
-        layer.correction = f"trained ({settings.rule})"
+        layer.correction = f"trained ({settings.rule}{f', on the grid of {settings.chip}' if settings.chip else ''})"
     if settings.stages:
         made.tables["stages"] = stages
     return made

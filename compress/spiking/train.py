@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from edgekit.compress.spiking.chip_grid import on_grid, place
 from edgekit.compress.spiking.fit import Backward, fit, loss_of, whole
 from edgekit.compress.spiking.neurons import carry, detach_state, set_steps
 from edgekit.compress.spiking.settings import Spiking
@@ -72,7 +73,13 @@ def train(
 ) -> list[float]:
     """Train a network over its steps, in place; the mean loss of each epoch."""
     net.run(net.steps)
-    return fit(net.module, training, settings, progress, inputs=len(net.sample), backward=rule(settings, net.steps))
+    backward = rule(settings, net.steps)
+    if settings.chip is not None:
+        backward = on_grid(backward, net, settings.chip)
+    losses = fit(net.module, training, settings, progress, inputs=len(net.sample), backward=backward)
+    if settings.chip is not None:
+        place(net, settings.chip)
+    return losses
 
 
 def shorten(

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -266,10 +266,16 @@ def _calibration(spikes: Array) -> Array:
 def _xylo(simulator: str, graph: Any, spikes: Array, dt: float | None) -> Rasters:
     given = _given_to_chip(simulator, graph, spikes, dt)
     flat = given.spikes
+    graph, told = to_xylo.with_output_neurons(given.graph, _calibration(flat), dt)
+    if told:
+        entry = next(node for node in graph.nodes.values() if kind(node) == "Input").input_type["input"]
+        values, _ = _reference(graph, flat.reshape(*flat.shape[:2], *(int(n) for n in np.atleast_1d(entry))), dt)
+        given = replace(given, graph=graph, expected=values, notes=(*given.notes, *told))
     made = to_xylo.quantize(given.graph, _calibration(flat), dt)
     rasters = to_xylo.rasters(made.network, made.places, flat)
     lag = {name: late for name, (*_, late) in made.places.items()}
-    how = f"weights shifted by {made.shift}, {made.clip:.0%} of the largest weight of a neuron is the range of its 8 bits"
+    shifts = f"weights shifted by {made.shift} and {made.shift_out} (outputs)"
+    how = f"{shifts}, {made.clip:.0%} of the largest weight of a hidden neuron is the range of its 8 bits"
     notes = (how, _fitted(given, made.difference), *made.notes)
     if simulator == "xylosim":
         arrays = {f.name: value for f in fields(made.network) if isinstance(value := getattr(made.network, f.name), np.ndarray)}

@@ -84,11 +84,9 @@ def _neurons(found: Chip, net: Network) -> Iterator[Breach]:
     """Kinds of neurons and their rules."""
     for layer in net.layers:
         which = kind(layer.node)
-        if which == "Output" and found.kind != "reservoir":
-            continue  # a readout: the host applies its weights to spikes
         if which == "Output":
-            yield Breach(layer.name, "ends in", "neurons", "weights", "add a layer of neurons behind them", found.title)
-        elif which not in found.kinds:
+            continue  # a readout: the host applies its weights to spikes, and on Xylo output neurons do
+        if which not in found.kinds:
             edit = f"train it with {' or '.join(found.kinds)}"
             if which == "LIF" and "CubaLIF" in found.kinds:
                 edit = "train it with CubaLIF: the chip's neurons have a synaptic current"

@@ -23,7 +23,7 @@ from edgekit.targets.neuromorphic import xylo
 from edgekit.targets.neuromorphic.layers import Layer, Network, matrices, network
 from edgekit.targets.neuromorphic.xylo import XyloNetwork
 
-__all__ = ["Quantized", "quantize", "rasters"]
+__all__ = ["Quantized", "quantize", "rasters", "with_output_neurons"]
 
 Array = NDArray[np.float64]
 _CLIPS = (1.0, 0.9, 0.8, 0.7)
@@ -37,7 +37,7 @@ class Quantized:
     Attributes:
         network: what is written to the chip.
         places: layer to (population, first neuron, number, lag in steps).
-        shift, clip: what was chosen.
+        shift, clip, shift_out: what was chosen: shift and clipping of hidden neurons' weights, shift of outputs'.
         decays: layer to what membrane and current lose in a step, in the graph and on the chip.
         difference: spikes that the chip gives more or less than the graph in calibration, as a share of the graph's.
         notes: what a reader must know.
@@ -50,6 +50,7 @@ class Quantized:
     decays: Mapping[str, Mapping[str, float]]
     difference: float
     notes: tuple[str, ...]
+    shift_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,22 +83,120 @@ def quantize(graph: Any, calibration: NDArray[Any], dt: float | None = None, app
     form, decays = _form(net, places, length, approximate, notes)
     wanted = interpret(graph, calibration.reshape(*calibration.shape[:2], *net.shapes[net.flat.inputs[0]]), dt=dt, record=None)
     counts = {name: wanted.values[name].sum(0).reshape(calibration.shape[1], -1) for name in places}
-    best: tuple[float, int, float, XyloNetwork] | None = None
-    for shift in range(8, -1, -1):
-        for clip in _CLIPS:
-            made = _rounded(form, shift, clip, length)
-            if made is None:
-                continue
-            score = _difference(rasters(made, places, calibration), counts)
-            if best is None or score < best[0]:
-                best = (score, shift, clip, made)
-    if best is None:
+    hidden, outputs = ({n: c for n, c in counts.items() if places[n][0] == which} for which in ("hidden", "output"))
+
+    def difference(how: _Choice) -> tuple[float, XyloNetwork] | None:
+        made = _rounded(form, how, length)
+        if made is None:
+            return None
+        found = rasters(made, places, calibration)
+        scores = [float(sum(np.abs(found[n].sum(0, dtype=np.int64) - c[n]).sum() for n in c)) for c in (hidden, outputs)]
+        return (scores[0] if how.hidden_only else scores[1]), made
+
+    first = _best([(how, found) for how in _choices() if (found := difference(how))])  # the chip shifts both by themselves
+    chosen, (_, made) = _best([(how, found) for how in _choices(first[0]) if (found := difference(how))])
+    notes += _multiple(net, places, made, calibration)
+    missed = _difference(rasters(made, places, calibration), counts)
+    total = max(1.0, float(sum(c.sum() for c in counts.values())))
+    return Quantized(made, places, chosen.shift, chosen.clip, decays, missed / total, tuple(notes), chosen.shift_out)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Shift and clipping of the weights of hidden neurons and of outputs; ``hidden_only``: outputs do not count yet."""
+
+    shift: int
+    clip: float
+    shift_out: int
+    clip_out: float
+    hidden_only: bool
+
+
+def _choices(hidden: _Choice | None = None) -> list[_Choice]:
+    each = [(shift, clip) for shift in range(8, -1, -1) for clip in _CLIPS]
+    if hidden is None:
+        return [_Choice(shift, clip, 0, 1.0, True) for shift, clip in each]
+    return [_Choice(hidden.shift, hidden.clip, shift, clip, False) for shift, clip in each]
+
+
+def _best(tried: list[tuple[_Choice, tuple[float, XyloNetwork]]]) -> tuple[_Choice, tuple[float, XyloNetwork]]:
+    if not tried:
         raise UnsupportedError(
             "xylo: a threshold is more than 32767 times a neuron's largest weight; no shift makes it fit 16 bits"
         )
-    notes += _multiple(net, places, best[3], calibration)
-    total = max(1.0, float(sum(c.sum() for c in counts.values())))
-    return Quantized(best[3], places, best[1], best[2], decays, best[0] / total, tuple(notes))
+    return min(tried, key=lambda entry: entry[1][0])
+
+
+_LEVELS = 24
+"""Thresholds that are tried for output neurons."""
+
+
+def with_output_neurons(graph: Any, calibration: NDArray[Any], dt: float | None = None) -> tuple[Any, list[str]]:
+    """The graph with output neurons behind weights that lead to the output, and a sentence on it; as it is where there are none.
+
+    The chip hands out spikes of output neurons, one a step at most. They get the time constants of the neurons before, and the
+    threshold with which the most active one is most often the largest output of the graph.
+
+    Args:
+        calibration: input spikes (T, N, I).
+
+    Raises:
+        UnsupportedError: several layers lead to the output, or none with a synaptic current.
+    """
+    import nir
+
+    net, length = network(graph), step_length(graph, dt)
+    ends = [layer for layer in net.layers if kind(layer.node) == "Output"]
+    if not ends:
+        return graph, []
+    (end,) = ends
+    before = net.layer(end.sources[0][0]) if len(end.sources) == 1 and end.sources[0][0] not in net.flat.inputs else None
+    if before is None or kind(before.node) != "CubaLIF":
+        raise _refusal(end, "weights lead to it; the chip reads spikes of output neurons, let one layer of CubaLIF feed them")
+    shape, count = net.shapes[end.name], int(np.prod(net.shapes[end.name], dtype=int))
+    given = calibration.reshape(*calibration.shape[:2], *net.shapes[net.flat.inputs[0]])
+    current = interpret(graph, given, dt=dt).output.reshape(*calibration.shape[:2], count)
+    rates = [length / float(np.asarray(value).reshape(-1)[0]) for value in (before.node.tau_mem, before.node.tau_syn)]
+    wanted, charged = current.sum(0).argmax(1), _filtered(current, rates)
+    tried = []
+    for threshold in np.geomspace(max(float(charged.max()), 1e-9), max(float(charged.max()), 1e-9) / 100, _LEVELS):
+        share = float((_fired(current, rates, threshold).sum(0).argmax(1) == wanted).mean())
+        tried.append((share, float(threshold)))
+    share, threshold = max(tried)
+    tau_mem, tau_syn = (np.full(shape, length / rate) for rate in rates)
+    node = nir.CubaLIF(
+        tau_syn=tau_syn, tau_mem=tau_mem, r=1 / rates[0] * np.ones(shape), v_leak=np.zeros(shape), w_in=np.ones(shape),
+        v_threshold=np.full(shape, threshold), v_reset=np.zeros(shape),
+        metadata={"reset": "subtract", "tie": "ge", "v_init": 0.0, "max_spikes": 1},
+    )  # fmt: skip
+    name = f"{end.name}_neurons"
+    nodes = {**net.flat.nodes, name: node}
+    edges = [(source, name if n == end.name else n) for n in net.flat.nodes for source in net.flat.sources[n]]
+    note = (
+        f"node {end.name}: {count} output neurons of threshold {threshold:.3g} stand behind its weights; the most active one is "
+        f"the largest output in {share:.1%} of the calibration samples"
+    )
+    return nir.NIRGraph(nodes, [*edges, (name, end.name)], metadata=graph.metadata, type_check=False), [note]
+
+
+def _filtered(current: Array, rates: list[float]) -> Array:
+    """The membrane of a neuron that never fires, in each step."""
+    i, v, rows = np.zeros(current.shape[1:]), np.zeros(current.shape[1:]), []
+    for x in current:
+        i = i + rates[1] * (x - i)
+        v = v - rates[0] * v + i
+        rows.append(v)
+    return np.stack(rows)
+
+
+def _fired(current: Array, rates: list[float], threshold: float) -> Array:
+    i, v, rows = np.zeros(current.shape[1:]), np.zeros(current.shape[1:]), []
+    for x in current:
+        i = i + rates[1] * (x - i)
+        v = v - rates[0] * v + i
+        rows.append((v >= threshold).astype(float))
+        v = v - rows[-1] * threshold
+    return np.stack(rows)
 
 
 def rasters(
@@ -216,14 +315,17 @@ def _dash(rate: float) -> int:
     return 15 if rate <= 0 else int(np.clip(np.rint(-np.log2(rate)), 1, 15))
 
 
-def _rounded(form: _Float, shift: int, clip: float, dt: float) -> XyloNetwork | None:
-    """The network at a shift and clipping; None where a threshold or bias does not fit."""
+def _rounded(form: _Float, how: _Choice, dt: float) -> XyloNetwork | None:
+    """The network at shifts and clippings; None where a threshold or bias does not fit."""
     largest = np.maximum(np.abs(form.w_in).max(0, initial=0.0), np.abs(form.w_rec).max(0, initial=0.0))
-    scale = 127 / np.where(largest > 0, clip * largest, 1.0)
+    scale = 127 / np.where(largest > 0, how.clip * largest, 1.0)
     largest_out = np.abs(form.w_out).max(0, initial=0.0)
-    scale_out = 127 / np.where(largest_out > 0, clip * largest_out, 1.0)
-    states = [np.rint(form.threshold * scale * 2**shift), np.rint(form.threshold_out * scale_out * 2**shift)]
-    biases = [np.rint(form.bias * scale * 2**shift), np.rint(form.bias_out * scale_out * 2**shift)]
+    scale_out = 127 / np.where(largest_out > 0, how.clip_out * largest_out, 1.0)
+    units = (scale * 2**how.shift, scale_out * 2**how.shift_out)
+    states = [np.rint(form.threshold * units[0]), np.rint(form.threshold_out * units[1])]
+    biases = [np.rint(form.bias * units[0]), np.rint(form.bias_out * units[1])]
+    if how.hidden_only:  # outputs are chosen later
+        states[1], biases[1] = np.clip(states[1], 1, 32767), np.clip(biases[1], -32767, 32767)
     if any(x.max(initial=1) > 32767 or x.min(initial=1) < 1 for x in states) or any(
         np.abs(x).max(initial=0) > 32767 for x in biases
     ):
@@ -237,7 +339,7 @@ def _rounded(form: _Float, shift: int, clip: float, dt: float) -> XyloNetwork | 
         weights(form.w_in, scale)[..., None], weights(form.w_rec, scale)[..., None], weights(form.w_out, scale_out),
         states[0].astype(np.int16), states[1].astype(np.int16), dash["mem_hidden"], dash["mem_output"],
         dash["syn_hidden"][:, None], dash["syn_output"], biases[0].astype(np.int16), biases[1].astype(np.int16),
-        shift, shift, shift, dt,
+        how.shift, how.shift, how.shift_out, dt,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ def rules(found: Chip, net: Network, used: dict[str, tuple[int, int]], cores: di
     heard = {source for layer in net.layers for source, _ in layer.sources}
     hidden = [layer for layer in net.neurons if layer.name in heard]
     outputs = [layer for layer in net.neurons if layer.name not in heard]
+    outputs += [layer for layer in net.layers if layer not in net.neurons]  # weights at the end become output neurons
     count = {"inputs": inputs, "hidden": sum(x.size for x in hidden), "outputs": sum(x.size for x in outputs)}
     used |= {what: (number, limits[what].value) for what, number in count.items()}
     fewer = "combine them before the chip (sum neighbours, pool, or a smaller encoder)"

@@ -22,7 +22,7 @@ from edgekit.compress.spiking.step import make
 from edgekit.devices import sim, simulators
 from edgekit.errors import ModelError, UnsupportedError
 from edgekit.in_memory import run_model
-from edgekit.targets.neuromorphic import host, loihi2, speck, to_loihi2, to_speck
+from edgekit.targets.neuromorphic import host, loihi2, speck, to_loihi2, to_speck, to_xylo
 from edgekit.targets.neuromorphic.chip_rules import check
 from edgekit.targets.neuromorphic.loihi2 import LoihiLayer
 
@@ -231,3 +231,59 @@ def test_a_run_is_judged_on_chips_beside_its_own_rows(tmp_path: Path) -> None:
         assert not found["layers"] and not found["untapped"] and found["stage"]["metric"] is not None
         assert not any("LSB" in breach for breach in found["breaches"])
     assert "the host runs encoder" in ran.output and "operators stay in float" not in ran.output
+
+
+def rows() -> Data:
+    x = torch.rand(96, 8, generator=torch.Generator().manual_seed(0))
+    return Data(calibration=x[:32], evaluation=(x[64:], x[64:, :3].argmax(1)), training=(x[:64], x[:64, :3].argmax(1)))
+
+
+CUBA = {"chip": "xylo", "neuron": "cuba_plif", "tau": 5.0, "tau_syn": 3.0, "spikes": 31}
+LIF = {"chip": "loihi2", "neuron": "plif", "tau": 3.3, "reset": "zero"}
+
+
+@pytest.mark.parametrize("how", [CUBA, LIF, {"chip": "speck"}], ids=["xylo", "loihi2", "speck"])
+def test_training_ends_on_the_chips_grid_and_the_chip_rounds_nothing(how: dict[str, Any], tmp_path: Path) -> None:
+    settings = {"method": "train", "encoding": "rate", "steps": 12, "epochs": 3, "learning_rate": 5e-3, **how}
+    torch.manual_seed(2)
+    deep = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    model = nn.Sequential(nn.Linear(8, 6, bias=False), nn.ReLU(), nn.Linear(6, 3, bias=False)) if how is CUBA else deep
+    run_model(model.eval(), rows(), tmp_path / "run", compress=[{"spiking": settings}], targets=["nir"])
+    graph = files.read(tmp_path / "run" / "model.nir")
+    last = next(name for name, node in graph.nodes.items() if type(node).__name__ in ("CubaLIF", "LIF", "IF") and name != ENCODER)
+    node = graph.nodes[last]
+    x = files.interpret(
+        graph, np.broadcast_to(rows().evaluation[0].numpy(), (12, 32, 8)), record=None  # type: ignore[index]
+    ).values[ENCODER].astype(int)  # fmt: skip
+    cut = host.parts(graph, how["chip"])
+    if how["chip"] == "xylo":
+        taus = np.unique(np.concatenate([np.ravel(node.tau_mem), np.ravel(node.tau_syn)]))
+        assert np.array_equal(np.log2(taus), np.rint(np.log2(taus))) and np.all(taus >= 2)
+        weights = next(n for n in cut.chip.nodes.values() if hasattr(n, "weight") and n.weight.shape == (6, 8)).weight
+        scaled = weights / np.abs(weights).max(1, keepdims=True) * 127
+        assert np.abs(scaled - np.rint(scaled)).max() < 1e-3
+        with_neurons, told = to_xylo.with_output_neurons(cut.chip, x)
+        made = to_xylo.quantize(with_neurons, x)
+        assert "3 output neurons" in told[0] and not any("on the chip's grid" in note for note in made.notes)
+    elif how["chip"] == "loihi2":
+        rate = 4096 / np.unique(np.ravel(node.tau))
+        assert np.abs(rate - np.rint(rate)).max() < 1e-2
+        chip = to_loihi2.quantize(cut.chip, x)
+        assert all(clip == 1.0 for clip in chip.clips.values()) or chip.difference < 0.1
+    else:
+        whole = to_speck.quantize(cut.chip, x)
+        assert whole.difference < 0.05
+    ran = CliRunner().invoke(cli.app, ["verify", str(tmp_path / "run"), "-t", "nir", "-d", f"sim:{how['chip']}"])
+    parity = json.loads((tmp_path / "run" / "parity.json").read_text())
+    assert [a["device"] for a in parity["artifacts"] if a["chip"]] == [f"sim:{how['chip']}"], ran.output
+
+
+def test_what_a_chip_has_not_is_refused_before_training() -> None:
+    for settings, words in (
+        ({"chip": "xylo", "neuron": "lif"}, "its neurons are neuron: cuba with reset: subtract"),
+        ({"chip": "loihi2", "spikes": 3}, "its neurons spike once a step"),
+        ({"chip": "speck", "neuron": "lif"}, "its neurons are neuron: if, without a leak"),
+        ({"chip": "speck", "method": "calibrate"}, "its grid is for method train"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Spiking(**{"method": "train"} | settings)

@@ -1,11 +1,11 @@
-"""The parts of docs/benchmarks.md on 1-bit layers on a host's processor: results/binary_host.json and binary_aarch64.json."""
+"""The parts of docs/benchmarks.md on 1-bit layers on processors of hosts: results/binary_host.json, binary_aarch64*.json."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["binary_aarch64", "binary_host"]
+__all__ = ["aarch64_ways", "binary_aarch64", "binary_host"]
 
 Row = Mapping[str, Any]
 TEXT = """
@@ -75,3 +75,28 @@ def _times(row: Row) -> str:
     text = f"{row['int8']:,} ({times:.2f})"
     text = f"**{text}**" if times < (bound or 1.0) else text
     return text + (f" (at least {bound:g})" if bound else "")
+
+
+WAYS = """
+### Ways to count signs on aarch64
+
+What was tried to get further ahead of the int8 kernel with SDOT that keeps 16 outputs of 4 places: bare kernels, without what
+gathers or turns inputs and calls them, so the least that each could take. "count" is the library's: CNT of what differs, summed
+in bytes. "carry_save" puts three words through full adders (EOR, EOR, BSL) before CNT: an adder costs three instructions and
+saves two. "dot" sums by UDOT, which is no instruction fewer than an addition. "sliced" visits the inputs of the rarer sign and
+counts 256 outputs (in the convolution: places) in bit planes, as on Cortex-M; it needs transposed weights, which no other
+processor's kernels read, and gains in wide linear layers only. So "count" was kept; five times fewer instructions than that int8
+kernel is reached by none.
+"""
+NAMES = ("count", "carry_save", "dot", "sliced")
+
+
+def aarch64_ways(rows: Sequence[Row]) -> str:
+    """A line for each layer, a column for each way."""
+    heads = ["layer", "int8, SDOT, 16 x 4", *(f"{name} (times fewer)" for name in NAMES)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for layer in dict.fromkeys(r["layer"] for r in rows):
+        mine = {r["way"]: r for r in rows if r["layer"] == layer}
+        cells = [f"{mine[name]['instructions']:,} ({mine[name]['times']:.2f})" for name in NAMES]
+        lines.append(f"| {layer} | {mine['count']['int8']:,} | " + " | ".join(cells) + " |")
+    return "\n".join([WAYS.strip(), "", *lines])

@@ -25,15 +25,31 @@ def networks(rows: Sequence[Row]) -> str:
         ]
         for variant in dict.fromkeys(r["variant"] for r in mine):
             lines.append(_line(variant, [r for r in mine if r["variant"] == variant]))
-        parts.append("\n".join(lines))
+        parts.append("\n".join([*lines, *_verdict(mine)]))
     return "\n\n".join(parts)
+
+
+def _verdict(rows: Sequence[Row]) -> list[str]:
+    """A sentence on each int8 network of equal cost, beside the best estimator."""
+    means = {v: mean(r["accuracy"] for r in rows if r["variant"] == v) for v in dict.fromkeys(r["variant"] for r in rows)}
+    narrow = [v for v in means if v.startswith("int8, ")]
+    trained = [v for v in means if v not in ("float", "int8", *narrow)]
+    if not narrow or not trained:
+        return []
+    best = max(trained, key=lambda v: means[v])
+    said = []
+    for v in narrow:
+        gap = means[best] - means[v]
+        better = "1-bit is better" if gap > 0 else "the narrow int8 network is better"
+        said.append(f"at equal {v.removeprefix('int8, as many ')} {better} by {abs(gap):.1f} points")
+    return ["", f"With the best estimator ({best}, {means[best]:.1f} %): " + "; ".join(said) + "."]
 
 
 _HEAD = """## Networks with 1-bit layers beside int8
 
 Trained here with short budgets, so that accuracies say little about the estimators; the question is what a user gets beside int8
-of the same network, and beside an int8 network so narrow that it costs as much. All learn from the same float network and
-images."""
+of the same network, and beside an int8 network so narrow that it costs as much: no more bytes, or no more instructions. All learn
+from the same float network and images, with as many epochs."""
 
 
 def _line(variant: str, rows: Sequence[Row]) -> str:

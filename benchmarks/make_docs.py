@@ -386,6 +386,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "binary_firmware": binary_docs.firmware,
     "binary_host": binary_host_docs.binary_host,
     "binary_aarch64": binary_host_docs.binary_aarch64,
+    "binary_aarch64_ways": binary_host_docs.aarch64_ways,
     "snn_nir": snn_nir.section,
     "snn_simulators": snn_simulators_docs.simulators,
     "snn_firmware": binary_docs.spiking,

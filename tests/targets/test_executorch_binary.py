@@ -18,9 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from edgekit.compress.binary.baked import baked
+from edgekit.compress.binary.bipft import BinaryEncoder
+from edgekit.compress.binary.encoder import Encoder, EncoderConfig
+from edgekit.compress.ptq.settings import PTQ
+from edgekit.compress.steps import apply
+from edgekit.data import Data
 from edgekit.devices.runner import open_program
 from edgekit.firmware_sim.binary_library import VARIANTS
 from edgekit.frozen import FrozenProgram
+from edgekit.recipe import Block
 from edgekit.targets import executorch, executorch_binary
 from edgekit.targets.cuts import cuts
 from edgekit.targets.executorch_binary import pack, unpack
@@ -85,6 +92,23 @@ def test_each_kernel_can_be_cut_out_to_be_timed(case: tuple[FrozenProgram, torch
         opened.feed([part.samples()[0], np.ascontiguousarray(value.reshape(part.inputs[1][0]))])
         opened.call()
         np.testing.assert_array_equal(opened.fetch()[-1].reshape(taps[name].shape), taps[name], name)
+
+
+@pytest.mark.slow
+def test_a_binary_encoder_runs_from_a_file(tmp_path: Path) -> None:
+    """Words in, 1-bit linear layers and attention products inside: each equals the frozen program's for the file's own inputs."""
+    torch.manual_seed(0)
+    config = EncoderConfig(layers=1, width=32, heads=2, hidden=48, positions=12, vocabulary=40, types=2, classes=3)
+    student, ids = BinaryEncoder(Encoder(config), rank=1), torch.randint(0, 40, (24, 9))
+    student(ids)
+    program = apply(baked(student), [Block("ptq", PTQ())], Data(calibration=ids)).program
+    path = tmp_path / "model.pte"
+    executorch.lower(program, path)
+    assert executorch.readback(path, program) == []
+    wrong = differing(program, path, ids[:4])
+    ones = {layer.name for layer in program.layers if layer.op in ("binary_qlinear", "binary_qmatmul")}
+    assert len(ones) == 9 and ones <= wrong.keys() and not any(wrong[name] for name in ones)
+    np.testing.assert_allclose(executorch.run(path, [ids.numpy()])[0], program.run(ids)[0].numpy(), atol=0.2)
 
 
 @pytest.mark.parametrize("variant", VARIANTS[platform.machine()])

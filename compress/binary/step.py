@@ -16,6 +16,7 @@ from edgekit.compress.binary.train import Epoch, train_twin
 from edgekit.compress.binary.twin import baked_graph, binary_twin, moments
 from edgekit.compress.capture import Graph
 from edgekit.compress.passes import PassRecord
+from edgekit.compress.placing import on_device
 from edgekit.compress.ptq.plan import fit
 from edgekit.compress.repair.step import points, tapped
 from edgekit.compress.threads import one_thread_if_small
@@ -61,19 +62,21 @@ def binarize(
     choice = choose(graph, settings)
     edited, gone = without_relus(graph, choice, settings.relu == "remove")
     found = moments(edited, choice, graph, _first(graph, settings, data))
-    twin = binary_twin(edited, choice, settings, found).to(settings.device)
+    twin = binary_twin(edited, choice, settings, found)
+    on_device(twin, settings.device)
     shared: list[str] = []
     teacher = None
     if settings.distill is not None:
         shared = points(original, edited, settings.distill.points) if settings.distill.features else []
         shared = [n for n in shared if any(m.name == n or m.target == f"binary_{n}" for m in twin.graph.nodes)]
-        teacher = tapped(copy.deepcopy(original.module).to(settings.device), shared)
+        teacher = tapped(on_device(copy.deepcopy(original.module), settings.device), shared)
     student = tapped(twin, [f"binary_{n}" if n in choice.kinds else n for n in shared])
     said = None if progress is None else (lambda done, total: progress("binary", done, total))
     training = data.calibration if source is None else source
     with one_thread_if_small(graph, settings.train_batch_size):
         log = train_twin(twin, (student, teacher), graph, settings, training, folder, said)
-    made = baked_graph(edited, choice, twin.cpu())
+    on_device(twin, "cpu")
+    made = baked_graph(edited, choice, twin)
     return made, _record(graph, choice, settings, log, gone)
 
 

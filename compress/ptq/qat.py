@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from edgekit.compress.capture import Graph
+from edgekit.compress.placing import on_device
 from edgekit.compress.ptq.brevitas_twin import brevitas_layer, layers_of
 from edgekit.compress.ptq.observers import ActQ
 from edgekit.compress.ptq.plan import Plan, WeightQ, minimal_scale, quantize_weight
@@ -55,10 +56,10 @@ def train_plan(graph: Graph, plan: Plan, settings: QAT, data: Data, progress: Ca
         raise InputError("qat: device cuda was asked for, but torch sees no CUDA device; use device: cpu")
     torch.manual_seed(settings.seed)
     module, scales = trainable_twin(graph, plan, settings)
-    module = module.to(settings.device)
+    on_device(module, settings.device)
     with torch.enable_grad():
         _fit(module, graph, settings, data.training, progress)
-    return read_back(module.cpu(), plan, scales)
+    return read_back(on_device(module, "cpu"), plan, scales)
 
 
 def trainable_twin(graph: Graph, plan: Plan, settings: QAT) -> tuple[fx.GraphModule, Mapping[str, nn.Parameter]]:

@@ -14,6 +14,7 @@ from edgekit.compress.canonical import ATEN, arguments
 from edgekit.compress.capture import Graph, tensor_of
 from edgekit.compress.lowrank.layers import Layer, Part, Shape, effective_weight
 from edgekit.compress.passes import PassRecord
+from edgekit.compress.placing import on_device
 from edgekit.compress.ptq.plan import Plan, fit
 from edgekit.compress.ptq.qat import epoch_of, read_back, trainable_twin
 from edgekit.compress.ptq.settings import QAT
@@ -41,8 +42,8 @@ def repair(
         DataError: see :func:`edgekit.compress.repair.distill.distill`.
     """
     torch.manual_seed(settings.seed)
-    student = copy.deepcopy(graph.module).to(settings.device)
-    teacher = copy.deepcopy(original.module).to(settings.device)
+    student = on_device(copy.deepcopy(graph.module), settings.device)
+    teacher = on_device(copy.deepcopy(original.module), settings.device)
     shared = points(original, graph, settings.points)
     parameters = [p.requires_grad_(True) for p in student.parameters() if p.is_floating_point()]
     forward = tapped(student, shared), tapped(teacher, shared)
@@ -50,7 +51,7 @@ def repair(
     figures, better = _train(forward, [{"params": parameters}], graph, settings, data, penalty, progress)
     changes = {graph.names[n]: "compared with the original" for n in shared}
     student.requires_grad_(False)
-    made = replace(graph, module=student.cpu()) if better else graph
+    made = replace(graph, module=on_device(student, "cpu")) if better else graph
     return made, PassRecord(changes, {}, figures, () if better else (_NO_HELP,))
 
 
@@ -63,8 +64,8 @@ def repair_plan(
     """The same for a quantized model: the twin with Brevitas layers is trained, scales included, and read back into a plan."""
     torch.manual_seed(settings.seed)
     twin, scales = trainable_twin(graph, plan, QAT(seed=settings.seed))
-    twin = twin.to(settings.device)
-    teacher = copy.deepcopy(original.module).to(settings.device)
+    on_device(twin, settings.device)
+    teacher = on_device(copy.deepcopy(original.module), settings.device)
     shared = [n for n in points(original, graph, settings.points) if any(m.target == f"quantize_{n}" for m in twin.graph.nodes)]
     named = list(twin.named_parameters())
     is_scale = {id(p): "scaling_impl" in n or "log_scale" in n for n, p in named}
@@ -74,7 +75,7 @@ def repair_plan(
     ]
     forward = tapped(twin, [f"quantize_{n}" for n in shared]), tapped(teacher, shared)
     figures, better = _train(forward, groups, graph, settings, data, None, progress)
-    made = read_back(twin.cpu(), plan, scales) if better else plan
+    made = read_back(on_device(twin, "cpu"), plan, scales) if better else plan
     changes = {n: f"weights int{w.bits}, repaired" for n, w in plan.weights.items()}
     return replace(made, changes=changes), PassRecord(changes, {}, figures, () if better else (_NO_HELP,))
 

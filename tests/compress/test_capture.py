@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from float_models import SHAPES, Functional, Modules, PreActivation, Waves, build
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from edgekit.compress.canonical import ATEN
 from edgekit.compress.capture import capture
+from edgekit.compress.placing import on_device
 from edgekit.errors import ModelError
 
 
@@ -99,3 +102,22 @@ def test_a_dictionary_is_refused() -> None:
 
     with pytest.raises(ModelError, match="return one tensor or a tuple of tensors"):
         capture(Answers(), (torch.randn(1, 4),))
+
+
+def test_a_graph_makes_its_own_tensors_on_the_device_it_is_put_on() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(9, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.table(torch.arange(x.shape[1], device=x.device))  # type: ignore[no-any-return]
+
+    graph, x = capture(Positions().eval(), (torch.randn(2, 5, 4),)), torch.randn(3, 5, 4)
+    wanted = graph.module(x)
+    made = [n.kwargs["device"] for n in graph.module.graph.nodes if "device" in n.kwargs]
+    assert made == [torch.device("cpu")]
+    elsewhere = on_device(copy.deepcopy(graph.module), "meta")
+    made = [n.kwargs["device"] for n in elsewhere.graph.nodes if "device" in n.kwargs]
+    assert made == [torch.device("meta")] and elsewhere(x.to("meta")).device.type == "meta"
+    assert torch.equal(on_device(graph.module, "cpu")(x), wanted)

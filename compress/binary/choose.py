@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from edgekit.compress.binary.settings import Binary
 from edgekit.compress.canonical import ATEN, arguments, pair
@@ -30,7 +30,7 @@ class Choice:
     Attributes:
         kinds: of those that change.
         left: layer name to why it does not.
-        shortcuts: nodes whose input is added to their output.
+        shortcuts: nodes that got a shortcut, see :mod:`edgekit.compress.binary.shortcuts`.
     """
 
     kinds: Mapping[str, str]
@@ -68,8 +68,7 @@ def choose(graph: Graph, settings: Binary) -> Choice:
     if not kinds:
         said = "; ".join(f"{k}: {v}" for k, v in list(left.items())[:4]) or "it has no convolution or linear layer"
         raise ModelError(f"binary: no layer of the model becomes binary ({said}); name layers with `scopes`")
-    shortcuts = frozenset(n.name for n in nodes if n.name in kinds and _same_shape(n)) if settings.shortcut else frozenset()
-    return Choice(kinds, left, shortcuts)
+    return Choice(kinds, left)
 
 
 def geometry_of(node: fx.Node) -> tuple[Any, ...]:
@@ -99,14 +98,6 @@ def _unwise(graph: Graph, node: fx.Node) -> str:
     if weight[0].numel() < _FEW:
         return f"{weight[0].numel()} products for one output: sums of few signs say little"
     return ""
-
-
-def _same_shape(node: fx.Node) -> bool:
-    x = node.args[0]
-    value, source = node.meta.get("val"), x.meta.get("val") if isinstance(x, fx.Node) else None
-    if not isinstance(value, Tensor) or not isinstance(source, Tensor):
-        return False
-    return [str(s) for s in value.shape] == [str(s) for s in source.shape]
 
 
 def _check_scopes(graph: Graph, settings: Binary, names: list[str]) -> None:

@@ -58,7 +58,7 @@ class BinaryLayer(nn.Module):
         bias: (O,) or None.
         geometry: stride, padding, dilation, groups of a conv2d; empty for a linear.
         kind: see :class:`edgekit.compress.binary.settings.Binary`.
-        shortcut: the input is added to the output.
+        shortcut: a new sum adds the input to the output.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class BinaryLayer(nn.Module):
         shortcut: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.geometry, self.kind, self.settings, self.shortcut = geometry, kind, settings, shortcut
+        self.geometry, self.kind, self.settings = geometry, kind, settings
         self.real_weights = self.real_activations = False
         self.o = 1.0
         self.weight = nn.Parameter(weight.detach().clone())
@@ -146,12 +146,19 @@ class BinaryLayer(nn.Module):
     def _in(self, value: Tensor) -> Tensor:
         return value.view(-1, 1, 1) if self.geometry else value
 
+    def settle(self, x: Tensor) -> None:
+        """Start from the spread and, with ``shift``, the mean of this input instead of the float model's."""
+        flat = x.detach().movedim(1 if self.geometry else -1, -1).flatten(0, -2)
+        spread = flat.std(0, correction=0)
+        self.spread.copy_(spread.clamp(min=1e-3 * float(spread.max()) + 1e-12))  # type: ignore[operator]
+        if self.settings.shift:
+            self.shift.data.copy_(flat.mean(0) / self.spread)
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W) for a conv, (..., F) for a linear."""
         b, w = self._input(x), self._weight()
         y = F.conv2d(b, w, None, *self.geometry) if self.geometry else F.linear(b, w)
-        y = self._normalized(y)
-        return y + x if self.shortcut else y
+        return self._normalized(y)
 
     def _normalized(self, y: Tensor) -> Tensor:
         if self.settings.norm == "none":

@@ -72,7 +72,8 @@ class Binary:
         norm: ``batch``: each binary layer's output is normalized by its batch statistics and given the mean and spread that the
             float layer had, then trained; ``none``: a learned scale of its input and a bias only.
         shift: a threshold for each input channel instead of 0, started at the channel's mean (ReActNet's RSign, Liu et al. 2020).
-        shortcut: add each binary layer's input to its output where the shapes allow it (Bi-Real).
+        shortcut: add each binary layer's input to its output where the shapes allow it (Bi-Real). A sum that is there stays the
+            only one; that of a block of two layers starts from the second layer's input.
         relu: ``keep``, or ``remove`` those after binary layers and after the sums that these go to. A ReLU that only signs read
             is always taken out: with a threshold of its own the sign can do all that it does.
         o_end: last exponent of ``reste``; 1 is ``ste`` with a window of ``clip``.

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from edgekit.compress.binary.choose import Choice, choose, without_relus
 from edgekit.compress.binary.settings import Binary
+from edgekit.compress.binary.shortcuts import with_shortcuts
 from edgekit.compress.binary.train import Epoch, train_twin
-from edgekit.compress.binary.twin import baked_graph, binary_twin, moments
+from edgekit.compress.binary.twin import baked_graph, binary_twin, moments, settle
 from edgekit.compress.capture import Graph
 from edgekit.compress.passes import PassRecord
 from edgekit.compress.placing import on_device
@@ -61,9 +62,13 @@ def binarize(
     torch.manual_seed(settings.seed)
     choice = choose(graph, settings)
     edited, gone = without_relus(graph, choice, settings.relu == "remove")
+    if settings.shortcut:
+        edited, choice = with_shortcuts(edited, choice)
     found = moments(edited, choice, graph, _first(graph, settings, data))
     twin = binary_twin(edited, choice, settings, found)
     on_device(twin, settings.device)
+    if choice.shortcuts:
+        settle(twin, [x.to(settings.device) for x in next(_first(graph, settings, data))])
     shared: list[str] = []
     teacher = None
     if settings.distill is not None:

@@ -20,7 +20,7 @@ from edgekit.compress.binary.settings import Binary
 from edgekit.compress.canonical import ATEN, arguments, assign_tensor, drop_unused_tensors, traced_value
 from edgekit.compress.capture import Graph, tensor_of
 
-__all__ = ["baked_graph", "binary_twin", "layers_of", "moments"]
+__all__ = ["baked_graph", "binary_twin", "layers_of", "moments", "settle"]
 
 
 def moments(graph: Graph, choice: Choice, original: Graph, stream: Iterable[Sequence[Tensor]]) -> dict[str, Moments]:
@@ -93,6 +93,15 @@ def binary_twin(graph: Graph, choice: Choice, settings: Binary, found: Mapping[s
     return module
 
 
+def settle(twin: fx.GraphModule, batch: Sequence[Tensor]) -> None:
+    """Start each binary layer, in order, from the statistics of what it really reads: new sums change the float model's."""
+    handles = [m.register_forward_pre_hook(lambda layer, args: layer.settle(args[0])) for m in layers_of(twin).values()]
+    with torch.no_grad():
+        twin.train()(*batch)
+    for handle in handles:
+        handle.remove()
+
+
 class _Int8Weight(nn.Module):
     """A weight as `ptq` will round it by default, straight through: signs behind it are learned for what it will be."""
 
@@ -129,8 +138,6 @@ def baked_graph(graph: Graph, choice: Choice, twin: fx.GraphModule) -> Graph:
             if baked.threshold is not None and _centre(module, node, baked.threshold, layer.spread):  # type: ignore[arg-type]
                 baked = replace(baked, threshold=torch.zeros_like(baked.threshold))
             _bake(module, node, baked, names)
-            if node.name in choice.shortcuts:
-                _add_shortcut(module, node, names)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
@@ -187,13 +194,3 @@ def _bake(module: fx.GraphModule, node: fx.Node, baked: Baked, names: dict[str, 
             x = signs
         pointers = graph.get_attr(f"{base}.weight"), graph.get_attr(f"{base}.bias")
     node.args, node.kwargs = (x, *pointers, *rest), {}
-
-
-def _add_shortcut(module: fx.GraphModule, node: fx.Node, names: dict[str, str]) -> None:
-    x: Any = node.args[0]
-    x = x.args[0].args[0] if x.target == ATEN.where.Scalar else x
-    with module.graph.inserting_after(node):
-        added = module.graph.call_function(ATEN.add.Tensor, (node, x))
-    node.replace_all_uses_with(added, delete_user_cb=lambda user: user is not added)
-    added.meta = {**node.meta}
-    names[added.name] = f"{names[node.name]}_shortcut"

@@ -152,7 +152,7 @@ class BinaryLayer(nn.Module):
         spread = flat.std(0, correction=0)
         self.spread.copy_(spread.clamp(min=1e-3 * float(spread.max()) + 1e-12))  # type: ignore[operator]
         if self.settings.shift:
-            self.shift.data.copy_(flat.mean(0) / self.spread)
+            self.shift.data.copy_(flat.mean(0) / self.spread)  # type: ignore[operator]
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W) for a conv, (..., F) for a linear."""

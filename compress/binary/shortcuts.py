@@ -35,7 +35,7 @@ def with_shortcuts(graph: Graph, choice: Choice) -> tuple[Graph, Choice]:
             continue
         with module.graph.inserting_after(node):
             made = module.graph.call_function(ATEN.add.Tensor, (node, source))
-        node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)  # type: ignore[misc]
+        node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
         made.meta = {**node.meta}
         names[made.name] = f"{names[node.name]}_shortcut"
         added[node.name] = made

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import fx, nn
+from torch import nn
 
 from edgekit.compress.capture import Graph, capture
 from edgekit.compress.order import misplaced
@@ -50,7 +50,7 @@ class Compressed:
     """
 
     program: FrozenProgram
-    simulation: fx.GraphModule
+    simulation: nn.Module
     record: dict[str, Any]
 
 
@@ -98,6 +98,11 @@ def apply(
         raise InputError(f"compress: {wrong[1]}")
     from edgekit.compress.ptq.simulate import simulate
 
+    if blocks[-1].kind == "spiking":
+        from edgekit.compress.spiking.own import is_network
+
+        if is_network(model):
+            return _own_network(model, blocks, data, name, progress)
     graph = capture(model, sample_inputs(model, data))
     state = _State(graph, graph, folder=folder, measure=measure)
     for block in blocks:
@@ -177,6 +182,34 @@ def _spiking(state: _State, block: _Block, data: Data, progress: Progress | None
     return replace(state, spiking=net, passes=(*state.passes, entry), warnings=(*state.warnings, *warnings))
 
 
+def _own_network(model: nn.Module, blocks: Sequence[_Block], data: Data, name: str, progress: Progress | None) -> Compressed:
+    """A model that is a spiking network already."""
+    from edgekit.compress.spiking.own import own
+
+    if len(blocks) > 1:
+        raise InputError(f"compress: `{blocks[0].kind}` takes ordinary networks, and the model is a spiking one; leave it out")
+    settings = blocks[0].settings
+    network, program, facts = own(model, settings, data, name, progress)
+    entry, warnings = {"kind": "spiking", "settings": asdict(settings), **facts}, list[str]()
+    if settings.weights != "float":
+        program = _integers(program, settings, data, entry, warnings)
+    record = {
+        "passes": [entry], "unquantized": [[u.layer, u.op, u.reason] for u in program.unquantized], "warnings": warnings,
+    }  # fmt: skip
+    return Compressed(program, network, record)
+
+
+def _integers(program: FrozenProgram, settings: Any, data: Data, entry: dict[str, Any], warnings: list[str]) -> FrozenProgram:
+    from edgekit.compress.spiking.integer import coarse_warnings, integer_program
+
+    inputs = len(program.input_shapes)
+    samples = next(iter(batches(data.calibration, settings.samples, inputs=inputs, what="calibration")))
+    made, layers = integer_program(program, samples, int(settings.weights.removeprefix("int")))
+    entry["integers"] = [asdict(layer) for layer in layers]
+    warnings += coarse_warnings(layers)
+    return made
+
+
 def _spiking_program(state: _State, captured: Graph, name: str, settings: Any, data: Data) -> Compressed:
     from edgekit.compress.spiking.freeze import freeze_spiking
 
@@ -184,12 +217,7 @@ def _spiking_program(state: _State, captured: Graph, name: str, settings: Any, d
     program = freeze_spiking(state.spiking, name)
     warnings = [*_never_run(captured), *state.warnings]
     if settings.weights != "float":
-        from edgekit.compress.spiking.integer import coarse_warnings, integer_program
-
-        samples = next(iter(batches(data.calibration, settings.samples, inputs=len(state.spiking.sample), what="calibration")))
-        program, layers = integer_program(program, samples, int(settings.weights.removeprefix("int")))
-        state.passes[-1]["integers"] = [asdict(layer) for layer in layers]
-        warnings += coarse_warnings(layers)
+        program = _integers(program, settings, data, state.passes[-1], warnings)
     record = {
         "passes": list(state.passes),
         "unquantized": [[u.layer, u.op, u.reason] for u in program.unquantized],

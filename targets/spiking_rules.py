@@ -6,7 +6,7 @@ call and never in a buffer that a call writes to: LiteRT would freeze such a buf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -200,17 +200,16 @@ def _fold(x: Tensor) -> Tensor:
     return _ATEN.view.default(x, [n * steps, *x.shape[2:]])  # type: ignore[no-any-return]
 
 
-def _delay(x: Tensor, delay: Tensor, steps: int) -> Tensor:
+def _delay(x: Tensor, delay: Tensor, lengths: Sequence[int], steps: int) -> Tensor:
     """What comes ``delay`` steps late, for each length of a delay by itself: a shift, and a mask where there are several."""
     n, found = x.shape[0] // steps, []
-    for length in sorted(set(delay.reshape(-1).tolist())):
-        late = min(int(length), steps)
+    for length in lengths:
+        late = min(length, steps)
         none = torch.zeros([late * n, *x.shape[1:]], dtype=x.dtype)
         kept = _ATEN.slice.Tensor(x, 0, 0, (steps - late) * n)
         moved = _ATEN.cat.default([none, kept], 0) if late else x
         moved = none if late == steps else moved
-        mask = (delay == length).to(x.dtype)
-        found.append(moved if bool((mask == 1).all()) else moved * mask)
+        found.append(moved if len(lengths) == 1 else moved * (delay == length).to(x.dtype))
     total: Tensor = found[0]
     for part in found[1:]:
         total = total + part

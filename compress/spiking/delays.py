@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Delayed", "Synapses", "anneal", "optimizer_groups", "run_synapses"]
+__all__ = ["POSITION_RATE", "Delayed", "Synapses", "anneal", "optimizer_groups", "run_synapses"]
 
 _WIDEST = 0.27
 """Added to the width of the Gaussian (the reference's constant)."""
 FINAL = 0.23
+POSITION_RATE = 0.1
+"""Learning rate of positions, in steps (the reference's)."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,14 @@ class Synapses:
 
 
 class Delayed(nn.Module):
-    """A linear layer whose synapses delay their input: (T, N, inputs) to (T', N, outputs).
+    """A linear layer whose synapses delay their input: (T, N, inputs) to (T', N, outputs), or folded with ``steps``.
 
     T' is T, or T + (K - 1) // 2 with ``tail``, which lets the last spikes arrive; K is the odd number of taps.
 
     Args:
         largest: longest delay in steps.
         tail: lengthen the sequence.
+        steps: T of sequences folded into the batch, (T * N, inputs) to (T * N, outputs), as neurons have them.
 
     Attributes:
         weight, position: (outputs, inputs); the delay of a synapse is ``(K - 1) / 2 - position``.
@@ -52,8 +55,13 @@ class Delayed(nn.Module):
         rounded: one tap for each synapse in training too; positions then learn no more.
     """
 
-    def __init__(self, inputs: int, outputs: int, largest: int, *, bias: bool = False, tail: bool = False) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, largest: int, *, bias: bool = False, tail: bool = False, steps: int | None = None
+    ) -> None:
         super().__init__()
+        if steps is not None and tail:
+            raise ValueError("a folded sequence keeps its length; leave tail out, or steps")
+        self.steps = steps
         self.taps, self.tail = largest + 1 + largest % 2, tail
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
@@ -73,6 +81,11 @@ class Delayed(nn.Module):
         return self.weight.unsqueeze(-1) * g
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.steps is not None:
+            return self._over(x.reshape(self.steps, -1, x.shape[-1])).flatten(0, 1)
+        return self._over(x)
+
+    def _over(self, x: Tensor) -> Tensor:
         sequence = F.pad(x.permute(1, 2, 0), (self.taps - 1, (self.taps - 1) // 2 if self.tail else 0))
         return F.conv1d(sequence, self.kernel(), self.bias).permute(2, 0, 1)
 
@@ -103,7 +116,7 @@ def anneal(layers: list[Delayed], epoch: int, epochs: int) -> None:
 def optimizer_groups(model: nn.Module, rate: float, factor: float = 100.0) -> list[dict[str, object]]:
     """Parameters for an optimizer: positions learn ``factor`` times as fast."""
     positions = {id(m.position) for m in model.modules() if isinstance(m, Delayed)}
-    named = list(model.parameters())
+    named = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in named if id(p) not in positions], "lr": rate},
         {"params": [p for p in named if id(p) in positions], "lr": rate * factor},

@@ -55,6 +55,8 @@ def fit(
     inputs: int = 1,
     backward: Backward = whole,
     after: Callable[[], None] | None = None,
+    groups: list[dict[str, Any]] | None = None,
+    each_epoch: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Train in place; returns the mean loss of each epoch.
 
@@ -62,6 +64,8 @@ def fit(
         source: batches of the model's inputs and the targets.
         inputs: how many tensors of a batch the model takes.
         after: called after every optimizer step, to keep parameters in their range.
+        groups: parameters with learning rates of their own, in place of all with one.
+        each_epoch: called before each epoch, with its number from 0.
 
     Raises:
         DataError: a batch that does not fit, or a loss that is not finite.
@@ -73,11 +77,14 @@ def fit(
     module.to(settings.device).train()
     order = torch.Generator().manual_seed(settings.seed)
     steps = settings.epochs * sum(1 for _ in epoch_of(source, settings.train_batch_size, torch.Generator()))
-    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], settings.learning_rate)
+    learned = groups or [{"params": [p for p in module.parameters() if p.requires_grad]}]
+    optimizer = torch.optim.Adam(learned, settings.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     losses, done = [], 0
     with torch.enable_grad():
-        for _ in range(settings.epochs):
+        for epoch in range(settings.epochs):
+            if each_epoch:
+                each_epoch(epoch)
             total = count = 0.0
             for batch in epoch_of(source, settings.train_batch_size, order):
                 if len(batch) != inputs + 1:

@@ -19,7 +19,7 @@ from edgekit.compress.spiking.neurons import CountedMax, Decode, Fold, Neuron, R
 from edgekit.compress.spiking.unroll import SpikingNet
 from edgekit.frozen import FloatOp, FrozenOp, FrozenProgram, Unquantized, freeze_module
 
-__all__ = ["freeze_spiking", "stateless"]
+__all__ = ["freeze_spiking", "frozen_neuron", "stateless"]
 
 _MOVES = frozenset({"reshape", "permute", "squeeze", "unsqueeze", "slice", "select", "cat", "expand", "pad", "sym_size"})
 
@@ -102,7 +102,7 @@ class _Builder:
         name = self._free(self.net.names.get(node.name, str(node.target)))
         made: nn.Module
         if isinstance(part, Neuron):
-            made = _neuron(part)
+            made = frozen_neuron(part)
         elif isinstance(part, Repeat):
             made = FrozenOp("repeat_steps", 1, {}, steps=part.steps)
         elif isinstance(part, Fold):
@@ -133,7 +133,8 @@ class _Builder:
         return name
 
 
-def _neuron(part: Neuron) -> FrozenOp:
+def frozen_neuron(part: Neuron) -> FrozenOp:
+    """A layer of neurons as an operator."""
     zero, one = torch.tensor(0.0), torch.tensor(1.0)
     common = {"v_threshold": part.threshold.detach().clone(), "v_reset": zero, "v_init": part.v_init.clone()}
     rules: dict[str, Any] = {

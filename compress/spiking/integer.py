@@ -267,7 +267,13 @@ class _Integer:
         if x.high is None:
             raise self._refused(name, "it delays a value that is no spike")
         delay = torch.from_numpy(whole_steps(name, node, self.dt).astype(np.int32))
-        made = self._add(name, FrozenOp("delay_steps", 1, {"delay": delay}, steps=self.steps), x.node)
+        made = self._add(
+            name,
+            FrozenOp(
+                "delay_steps", 1, {"delay": compact(delay)}, lengths=sorted(set(delay.reshape(-1).tolist())), steps=self.steps
+            ),
+            x.node,
+        )
         self.signals[name] = _Signal(made, x.scale, x.shape, 0, x.low, x.high)
 
     def _synapse(self, name: str, node: Any, x: _Signal) -> None:

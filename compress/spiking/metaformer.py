@@ -21,10 +21,10 @@ MakeNeuron = Callable[[float], Neuron]
 """Threshold to a layer of neurons."""
 
 
-def _standard(steps: int) -> MakeNeuron:
+def _standard(steps: int, surrogate: str) -> MakeNeuron:
     """The paper's: tau 2 with decayed input, hard reset without gradient."""
     return lambda threshold: Neuron(
-        threshold, steps=steps, tau=2.0, r="one", reset="zero", detach_reset=True, surrogate="sigmoid"
+        threshold, steps=steps, tau=2.0, r="one", reset="zero", detach_reset=True, surrogate=surrogate
     )
 
 
@@ -203,6 +203,9 @@ class MetaSpikeFormer(nn.Module):
     Args:
         dims: channels of the stages.
         depths: conv blocks of stages 1a, 1b and 2, transformer blocks of stages 3 and 4.
+        form: of attention. "sdsa3" fires at eight coincidences of Q, K and V, which images of few tokens do not reach; a silent
+            attention makes gradients explode in the batch norms behind it. "sdsa1" fires at one.
+        surrogate: derivative of a spike.
     """
 
     def __init__(
@@ -214,9 +217,10 @@ class MetaSpikeFormer(nn.Module):
         steps: int = 4,
         inputs: int = 3,
         form: Literal["sdsa1", "sdsa3"] = "sdsa3",
+        surrogate: str = "sigmoid",
     ) -> None:
         super().__init__()
-        neuron = _standard(steps)
+        neuron = _standard(steps, surrogate)
         d1, d2, d3, d4 = dims
         half = d1 // 2
         self.repeat, self.decode = Repeat(steps), Decode(steps)

@@ -36,6 +36,7 @@ class Spiking:
         method: ``balance``: thresholds from activations; ``calibrate``: and layer-by-layer correction (Li et al. 2021); both
             from unlabelled data. ``qcfs``: train the activations that neurons compute (Bu et al. 2022), convert, and correct.
             ``train``: train the spiking network itself by surrogate gradients. ``auto``: the cheapest that meets the budget.
+            A model that is made of edgekit's neurons already is trained by ``train``, or frozen as it is by ``freeze``.
         steps: time steps of one inference.
         threshold: ``max``: the largest activation; ``percentile``; ``mmse``: the least squared error at ``steps`` steps.
         percentile: of ``threshold: percentile``, in percent.
@@ -82,7 +83,7 @@ class Spiking:
         device: "cpu" or "cuda": where ``qcfs`` and ``train`` learn.
     """
 
-    method: Literal["balance", "calibrate", "qcfs", "train", "auto"] = "calibrate"
+    method: Literal["balance", "calibrate", "qcfs", "train", "auto", "freeze"] = "calibrate"
     steps: Annotated[int, Field(ge=1, le=1024)] = 8
     threshold: Literal["max", "percentile", "mmse"] = "mmse"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.9

@@ -81,6 +81,8 @@ def spiking(
 
 def make(graph: Graph, settings: Spiking, data: Data, progress: Progress) -> Made:
     """The network by one method, its spikes 0 and 1."""
+    if settings.method == "freeze":
+        raise ModelError("spiking: method freeze is for a model of edgekit's neurons, and this one has none; take another method")
     trains = settings.method in ("qcfs", "train")
     if trains and data.training is None:
         raise DataError(

@@ -61,11 +61,15 @@ def by_step(steps: int, chosen: int | None = None, *, frames: bool = False, onli
     return backward
 
 
-def rule(settings: Spiking, steps: int) -> Backward:
-    """The backward that the settings name, for that many steps."""
+def rule(settings: Spiking, steps: int, *, frames: bool | None = None) -> Backward:
+    """The backward that the settings name, for that many steps; ``frames`` in place of the settings'."""
     if settings.rule == "bptt":
         return whole
-    return by_step(steps, (settings.backward_steps or 1) if settings.rule == "sltt_k" else None, frames=settings.frames)
+    return by_step(
+        steps,
+        (settings.backward_steps or 1) if settings.rule == "sltt_k" else None,
+        frames=settings.frames if frames is None else frames,
+    )
 
 
 def train(

@@ -90,7 +90,9 @@ class _Builder:
             if node.op == "placeholder":
                 self.values[node] = self.out.placeholder(node.name)
         for layer in _stateful(self.program):
-            self.given[layer.name] = [self.out.placeholder(f"{layer.name.replace('.', '_')}_{n}") for n in _states(layer)]
+            self.given[layer.name] = [
+                self.out.placeholder(f"state_of_{layer.name.replace('.', '_')}_{n}") for n in _states(layer)
+            ]
         for node in nodes:
             if node.op == "get_attr":
                 self._constant(node)
@@ -162,14 +164,20 @@ class _Builder:
         return self._add(f"{layer.name}.{op}", FrozenOp(op, len(inputs), constants, **rules), inputs, {})
 
     def _add(self, name: str, part: nn.Module, args: Any, kwargs: Any) -> fx.Node:
-        owner = self.root
-        *path, leaf = name.split(".")
-        for step in path:
-            if not hasattr(owner, step):
-                owner.add_module(step, nn.Module())
-            owner = getattr(owner, step)
-        owner.add_module(leaf, part)
-        return self.out.create_node("call_module", name, args, kwargs)
+        owner, path = self.root, list[str]()
+        for step in name.split("."):
+            at, count = step, 2
+            while len(path) < name.count(".") and type(getattr(owner, at, None)) not in (nn.Module, type(None)):
+                at, count = f"{step}_{count}", count + 1  # a layer has the name of the folder
+            path.append(at)
+            if len(path) <= name.count("."):
+                if not hasattr(owner, at):
+                    owner.add_module(at, nn.Module())
+                owner = getattr(owner, at)
+        while hasattr(owner, path[-1]):
+            path[-1] += "_"
+        owner.add_module(path[-1], part)
+        return self.out.create_node("call_module", ".".join(path), args, kwargs)
 
 
 def _feedback(weight: Tensor, bias: Tensor | None) -> nn.Module:

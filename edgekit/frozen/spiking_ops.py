@@ -53,7 +53,7 @@ the steps into int32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -120,8 +120,14 @@ def _unfold_steps(x: Tensor, steps: int) -> Tensor:
     return by_step(x, steps).transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 
-def _delay_steps(x: Tensor, delay: Tensor, steps: int) -> Tensor:
-    """Output t is input ``t - delay``, 0 before the first; ``delay`` int32, in steps, broadcast against one sample."""
+def _delay_steps(x: Tensor, delay: Tensor, lengths: Sequence[int], steps: int) -> Tensor:
+    """Output t is input ``t - delay``, 0 before the first; ``delay`` int32, in steps, broadcast against one sample.
+
+    ``lengths``: the values in it, rising, for those who only see the graph.
+    """
+    found = sorted(set(delay.reshape(-1).tolist()))
+    if list(lengths) != found:
+        raise ValueError(f"delays of {found} steps, lengths {list(lengths)}: expected the same")
     sequence = by_step(x, steps)
     at = torch.arange(steps, device=x.device).view(-1, *[1] * (sequence.dim() - 1)) - delay.to(torch.int64)
     late = sequence.gather(0, at.clamp(min=0).expand(sequence.shape))

@@ -242,7 +242,7 @@ def _layer(name: str, node: Any, dt: float, steps: int, facts: Mapping[str, Any]
         from edgekit.nir.interpreter import whole_steps
 
         delay = torch.from_numpy(whole_steps(name, node, dt).astype(np.int32))
-        return FrozenOp("delay_steps", 1, {"delay": delay}, steps=steps)
+        return FrozenOp("delay_steps", 1, {"delay": delay}, lengths=sorted(set(delay.reshape(-1).tolist())), steps=steps)
     if kind(node) not in _OPS:
         return _stateless(name, node)
     buffers, rules = _neuron_parts(name, node, facts)

@@ -215,6 +215,17 @@ typedef struct {
 void ek_current_s16(const ek_current *p, const int8_t *x, int16_t *y);
 
 typedef struct {
+    const uint16_t *delay; /* `period`, in steps */
+    uint32_t n, period;
+    uint16_t steps, longest;
+} ek_delay;
+/* y of step t is x of step t - delay, 0 before the first. */
+void ek_delay_s8(const ek_delay *p, const int8_t *x, int8_t *y);
+/* One step a call; line: longest * n bytes that are on their way, the last step first. y is not x. */
+void ek_delay_reset_s8(const ek_delay *p, int8_t *line);
+void ek_delay_step_s8(const ek_delay *p, const int8_t *x, int8_t *y, int8_t *line);
+
+typedef struct {
     uint16_t steps, in_h, in_w, channels, out_h, out_w;
     uint16_t kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left;
 } ek_spike_pool;

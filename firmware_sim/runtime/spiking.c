@@ -322,6 +322,21 @@ EK_NOINLINE void ek_spike_pool_s8(const ek_spike_pool *p, const int8_t *x, int8_
             }
 }
 
+EK_NOINLINE void ek_delay_s8(const ek_delay *p, const int8_t *x, int8_t *y) {
+    for (uint32_t t = 0; t < p->steps; t++)
+        for (uint32_t i = 0; i < p->n; i += p->period)
+            for (uint32_t k = 0; k < p->period; k++, x++) *y++ = p->delay[k] <= t ? x[-(int32_t)(p->delay[k] * p->n)] : 0;
+}
+
+EK_NOINLINE void ek_delay_reset_s8(const ek_delay *p, int8_t *line) { ek_fill(line, 0, p->longest * p->n); }
+
+EK_NOINLINE void ek_delay_step_s8(const ek_delay *p, const int8_t *x, int8_t *y, int8_t *line) {
+    for (uint32_t i = 0; i < p->n; i += p->period)
+        for (uint32_t k = 0; k < p->period; k++) y[i + k] = p->delay[k] ? line[(p->delay[k] - 1) * p->n + i + k] : x[i + k];
+    for (uint32_t i = p->longest * p->n; i-- > p->n;) line[i] = line[i - p->n];
+    if (p->longest) ek_copy(line, x, p->n);
+}
+
 EK_NOINLINE void ek_accumulate_s16(const int16_t *x, int32_t *y, uint32_t n, uint32_t steps) {
     for (uint32_t i = 0; i < n; i++) {
         int32_t sum = 0;

@@ -126,6 +126,22 @@ def _pool(step: Step) -> list[Call]:
     return [Call("ek_spike_pool_s8", ("$p", "$x0", "$y"), Struct("ek_spike_pool", members(fields)))]
 
 
+def _delay(step: Step) -> list[Call]:
+    v = step.values
+    sizes = {"n": ("uint32_t", v["n"]), "period": ("uint32_t", len(step.arrays["delay"]))}
+    fields = {"delay": ("*", "delay"), **sizes, **sizes16(steps=v["steps"], longest=v["longest"])}
+    return [Call("ek_delay_s8", ("$p", "$x0", "$y"), Struct("ek_delay", members(fields)))]
+
+
+def _delay_step(step: Step) -> list[Call]:
+    (whole,) = _delay(step)
+    return [Call("ek_delay_step_s8", ("$p", "$x0", "$y", "$v"), whole.struct)]
+
+
+def _delay_constants(step: Step) -> list[Constant]:
+    return [Constant("delay", step.arrays["delay"], "uint16_t")]
+
+
 def _accumulate(step: Step) -> list[Call]:
     return [Call("ek_accumulate_s16", ("$x0", "$y", str(step.values["n"]), str(step.values["steps"])))]
 
@@ -176,6 +192,8 @@ KERNELS: dict[str, Kernel] = {
     "fade_step": Kernel(
         _fade_step, _fade_constants, resets=lambda step: [Call("ek_fade_reset_s16", ("$v", str(step.values["n"])))]
     ),
+    "delay": Kernel(_delay, _delay_constants),
+    "delay_step": Kernel(_delay_step, _delay_constants, resets=lambda step: [Call("ek_delay_reset_s8", ("$p", "$v"))]),
     "accumulate": Kernel(_accumulate),
     "accumulate_step": Kernel(
         _accumulate_step, resets=lambda step: [Call("ek_accumulate_reset_s16", ("$v", str(step.values["n"])))]
@@ -282,6 +300,13 @@ def _pool_reference(step: Step, inputs: Sequence[Bytes]) -> Bytes:
     return result
 
 
+def _delay_reference(step: Step, inputs: Sequence[Bytes]) -> Bytes:
+    v, x = step.values, inputs[0].reshape(step.values["steps"], step.values["n"])
+    at = np.arange(v["steps"])[:, None] - np.tile(step.arrays["delay"].astype(np.int64), v["n"] // len(step.arrays["delay"]))
+    late: Bytes = np.where(at >= 0, np.take_along_axis(x, np.maximum(at, 0), 0), 0).astype(np.int8)
+    return late
+
+
 def _accumulate_reference(step: Step, inputs: Sequence[Bytes]) -> Bytes:
     x = inputs[0].view("<i2").astype(np.int64).reshape(step.values["steps"], step.values["n"])
     result: Bytes = x.sum(0).astype("<i4").view(np.int8)
@@ -310,6 +335,7 @@ REFERENCES: dict[str, Callable[[Step, Sequence[Bytes]], Bytes]] = {
     "spike_pool": _pool_reference,
     "fade": _fade_reference,
     "recurrent": _recurrent_reference,
+    "delay": _delay_reference,
     "accumulate": _accumulate_reference,
     "add_currents": _add_currents_reference,
     "add_spikes": _add_spikes_reference,

@@ -156,6 +156,14 @@ def _unfold(build: Builder, layer: Layer) -> None:
     build.of[layer.name] = build.tensor(layer, layer.shape, False, (1.0, 0), source.base, width=source.width)
 
 
+def _delay(build: Builder, layer: Layer) -> None:
+    steps, source = int(layer.args["steps"]), build.read(layer.inputs[0])
+    last = build.tensors[source].last
+    delay = _constants_of(layer, layer.shape[1:], last, "delay")["delay"].astype(np.uint16)
+    values = {"steps": steps, "n": prod(layer.shape[1:]), "longest": max(layer.args["lengths"])}
+    build.step(layer, "delay", [source], _wide(build, layer, last, 1), values=values, arrays={"delay": delay})
+
+
 def _pool(build: Builder, layer: Layer) -> None:
     source = build.read(layer.inputs[0], last=True)
     steps, channels, height, width = build.tensors[source].shape
@@ -200,6 +208,7 @@ RULES: dict[str, Callable[[Builder, Layer], None]] = {
     "spiking_linear": _spiking,
     "spiking_conv2d": _spiking,
     "spike_sum_pool2d": _pool,
+    "delay_steps": _delay,
     "qlif_sequence": _neurons,
     "qlif_recurrent": _recurrent,
     "qsynapse_sequence": _fade,

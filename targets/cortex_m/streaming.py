@@ -21,7 +21,13 @@ from edgekit.targets.cortex_m.graph import Firmware, Stream, Tensor
 
 __all__ = ["one_step", "streamed", "time_steps"]
 
-_STEPPING = {"neurons": "neurons_step", "recurrent": "recurrent_step", "accumulate": "accumulate_step", "fade": "fade_step"}
+_STEPPING = {
+    "neurons": "neurons_step",
+    "recurrent": "recurrent_step",
+    "accumulate": "accumulate_step",
+    "fade": "fade_step",
+    "delay": "delay_step",
+}
 """Kernel of a whole sequence to that of one step, which keeps a state."""
 
 _STATES = {"neurons": 1, "recurrent": 3}
@@ -51,7 +57,6 @@ def one_step(program: FrozenProgram) -> FrozenProgram:
     known = {x.node for x in program.layers}
     nodes = list(program.module.graph.nodes)
     others = [n.name for n in nodes if n.op == "call_function" and n.name not in known]
-    others += [x.name for x in program.layers if x.op == "delay_steps"]
     if others:
         raise UnsupportedError(f"program {program.name} cannot stream: {', '.join(others)} have no single time step in integers")
     root, out = nn.Module(), fx.Graph()
@@ -99,7 +104,11 @@ def streamed(firmware: Firmware, program: FrozenProgram, whole: Stream) -> Firmw
     """
     tensors, steps = list(firmware.tensors), []
     for step in firmware.steps:
-        if step.kind in _STATES:
+        if step.kind == "delay":
+            index, n = len(tensors), max(1, int(step.values["longest"]) * int(step.values["n"]))
+            tensors.append(Tensor(index, f"{step.layer}.line", (1, n), False, 1.0, 0, index))
+            steps.append(replace(step, kind=_STEPPING[step.kind], state=index))
+        elif step.kind in _STATES:
             index, n = len(tensors), _STATES[step.kind] * int(step.values["n"])
             tensors.append(Tensor(index, f"{step.layer}.membrane", (1, n), False, 1.0, 0, index, width=2))
             steps.append(replace(step, kind=_STEPPING[step.kind], state=index))

@@ -235,7 +235,7 @@ def test_time_operators_move_and_add_steps() -> None:
     assert torch.equal(call("repeat_steps", x[:, 0], 3).view(3, 2, 4)[2], x[:, 0])
     assert torch.equal(call("accumulate", folded, 0.5, 3), x.sum(1) * 0.5)
     assert torch.equal(call("qaccumulate", folded.to(torch.int16) * 1400, 3), (x.int() * 1400).sum(1, dtype=torch.int32))
-    late = call("delay_steps", folded, torch.tensor([0, 1, 2, 9], dtype=torch.int32), 3).view(3, 2, 4)
+    late = call("delay_steps", folded, torch.tensor([0, 1, 2, 9], dtype=torch.int32), [0, 1, 2, 9], 3).view(3, 2, 4)
     assert late[:, 1].T.tolist() == [[12, 16, 20], [0, 13, 17], [0, 0, 14], [0, 0, 0]]
     pooled = call("spike_sum_pool2d", torch.ones(2, 1, 4, 4, dtype=torch.int8), [2, 2], [2, 2], [1, 1])
     assert pooled[0, 0].tolist() == [[1, 2, 1], [2, 4, 2], [1, 2, 1]]
@@ -247,6 +247,8 @@ def test_wrong_steps_and_rules_are_refused() -> None:
         OPS.li_sequence.default(torch.zeros(6, 2), one, one, zero, zero, 1.0, 4)
     with pytest.raises(ValueError, match="reset 'soft'"):
         OPS.if_sequence.default(torch.zeros(6, 2), one, one, zero, zero, 1.0, 3, "soft", "ge", 1)
+    with pytest.raises(ValueError, match=r"delays of \[2\] steps, lengths \[1\]: expected the same"):
+        OPS.delay_steps.default(torch.zeros(6, 2), torch.tensor(2), [1], 3)
     with pytest.raises(ValueError, match="tie ge above 1"):
         OPS.if_sequence.default(torch.zeros(6, 2), one, one, zero, zero, 1.0, 3, "zero", "gt", 2)
 
@@ -350,7 +352,7 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "repeat_steps": (x, 4),
         "fold_steps": (torch.randn(4, 2, 3),),
         "unfold_steps": (x, 4),
-        "delay_steps": (x, torch.tensor([0, 1, 2]), 4),
+        "delay_steps": (x, torch.tensor([0, 1, 2]), [0, 1, 2], 4),
         "accumulate": (x, 0.25, 4),
         "qaccumulate": (current, 4),
         "add_currents": (current, current + 1),

@@ -156,7 +156,7 @@ def rules(style: Style) -> dict[str, Callable[..., Tensor]]:
         "qmax_pool2d": max_pool,
         "qconcat": concat,
         "qpad": lambda x, pad, s, z: q(_ATEN.constant_pad_nd.default(dq(x, s, z), pad, 0.0), s, z),
-        "qreshape": lambda x, shape, s, z: q(_ATEN.view.default(dq(x, s, z), shape), s, z),
+        "qreshape": lambda x, shape, s, z: q(_ATEN.reshape.default(dq(x, s, z), shape), s, z),
         "qpermute": lambda x, dims, s, z: q(_ATEN.permute.default(dq(x, s, z), dims), s, z),
         "qslice": slice_,
         "qlut": lut,

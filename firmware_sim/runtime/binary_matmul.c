@@ -108,7 +108,12 @@ EK_NOINLINE void ek_binary_matmul_s8(const ek_binary_matmul *p, const void *a, c
  * For a row of a with A ones, and B the ones of a row of b: if +1 and -1 are meant, of a's ones and zeros the fewer are visited. P are b's ones among
  * the visited; planes start from 2^(planes - 1) - 1 - B and get 2 * P. Then k - A - B + 2 * P signs agree, or all but A - B + 2 * P. If a means 1
  * and 0, its ones are visited and P is what is looked up. */
-enum { FEW = 8 }; /* with fewer rows of b most lanes would be idle */
+/* Whether it is quicker to count the signs of one pair of rows after the other: with few rows of b, or short ones. Both sides are instructions for a
+ * row of a, as counted on a Cortex-M4. */
+static int one_by_one_pays(const ek_binary_matmul *p) {
+    const uint32_t pair = 22 * ((p->k + 31u) >> 5) + 22, words = (p->n + 31u) >> 5;
+    return p->n * pair < 6 * p->k + 40 + words * (400 + 3 * p->k);
+}
 
 typedef struct {
     const ek_binary_matmul *p;
@@ -207,8 +212,9 @@ EK_NOINLINE void ek_binary_matmul_s8(const ek_binary_matmul *p, const void *a, c
     j.columns = j.list + p->k + 8;
     j.starts = j.columns + p->k * words;
     const uint32_t *left = a, *right = b;
+    const int pairs = one_by_one_pays(p);
     for (uint32_t i = 0; i < p->batch; i++, left += p->m * j.k_words, right += p->n * j.k_words, y += p->m * p->n) {
-        if (p->n < FEW) {
+        if (pairs) {
             one_by_one(&j, left, right, y);
             continue;
         }

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from binary_firmware_nets import attention_net
 from binary_nets import ChainNet, PlainNet, ResidualNet, binary_net
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,6 +93,14 @@ def test_each_kernel_can_be_cut_out_to_be_timed(case: tuple[FrozenProgram, torch
         opened.feed([part.samples()[0], np.ascontiguousarray(value.reshape(part.inputs[1][0]))])
         opened.call()
         np.testing.assert_array_equal(opened.fetch()[-1].reshape(taps[name].shape), taps[name], name)
+
+
+@pytest.mark.slow
+def test_heads_that_are_moved_and_flattened_run(tmp_path: Path) -> None:
+    """A reshape of a permuted tensor is no view of it."""
+    program, x = attention_net()
+    executorch.lower(program, tmp_path / "model.pte")
+    assert not any(differing(program, tmp_path / "model.pte", x[:3]).values())
 
 
 @pytest.mark.slow

@@ -37,23 +37,24 @@ _SPIKING = """
 
 Instructions of a time step of 256 inputs to 256 leaky neurons on emulated boards, for several shares of inputs that spike;
 beside them our fastest int8 layer of the same size on the same core, which multiplies every input. "Times" compares the synapses
-with it.
+with it. "Fading current": what the second state of current-based (CUBA) neurons takes beside; "recurrent": such neurons with a
+256 x 256 layer from their own spikes, that share of which come back.
 """
 
 
 def spiking(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line for each core, kernel set and share of spikes."""
-    head = "| core | kernels | spikes % | a step | synapses | neurons | int8 layer | times fewer |"
-    lines = [_SPIKING.strip(), "", head, "|---" * 8 + "|"]
+    head = "| core | kernels | spikes % | a step | synapses | neurons | int8 layer | times fewer | fading current | recurrent |"
+    lines = [_SPIKING.strip(), "", head, "|---" * 10 + "|"]
     for r in rows:
         bound = r["instructions_bound"]
         mark = "**" if bound is not None and r["instructions"] > bound else ""
         step = f"{mark}{r['instructions']:,}{mark}" + (f" (at most {bound:,})" if bound else "")
         kernels = "portable C" if r["kernel_set"] == "portable" else r["kernel_set"]
         numbers = [f"{r[k]:,}" for k in ("synapses", "neurons", "dense")]
-        lines.append(
-            "| " + " | ".join([r["core"], kernels, str(r["spikes_percent"]), step, *numbers, f"{r['times']:.2f}"]) + " |"
-        )
+        own = [f"{r['fading']:,}", f"{r['recurrent']:,} ({r['recurrent_spikes_percent']} %)"]
+        numbers = [*numbers, f"{r['times']:.2f}", *own]
+        lines.append("| " + " | ".join([r["core"], kernels, str(r["spikes_percent"]), step, *numbers]) + " |")
     return "\n".join(lines)
 
 

@@ -22,8 +22,10 @@ from torch import fx
 
 from edgekit.errors import UnsupportedError
 from edgekit.frozen import FrozenProgram
+from edgekit.nir.cycles import Cycles
 from edgekit.nir.file import require
 from edgekit.nir.rules import REMEDIES, RULES, Call, Refused, loop
+from edgekit.nir.semantics import flatten
 
 __all__ = ["layer_names", "to_nir"]
 
@@ -58,6 +60,7 @@ class _Export:
         self.nodes: dict[str, Any] = {}
         self.edges: list[tuple[str, str]] = []
         self.values: dict[fx.Node, _Value] = {}
+        self.cycles = Cycles(self._args)
         clocks = [float(x.args["dt"]) for x in program.layers if "dt" in x.args]
         self.facts: dict[str, Any] = {"name": program.name, "dt": clocks[0] if clocks else 1.0}
 
@@ -71,18 +74,33 @@ class _Export:
         for node in self.program.module.graph.nodes:
             if node.op == "placeholder":
                 self._input(node)
-            elif node.op == "call_function" and node.target is not operator.getitem:
+            elif node.op == "call_function" and (node.target is not operator.getitem or self.cycles.takes(node, self.values)):
                 try:
                     self._call(node)
                 except Refused as error:
                     raise self._error(error, self.names.get(node.name, node.name)) from error
             elif node.op == "output":
                 self._outputs(node)
+        late = self._close()
         if "steps" not in self.facts and any(type(n).__name__ == "Threshold" for n in self.nodes.values()):
             self.facts |= {"steps": 1, "encoding": "repeat", "readout": "accumulate", "gain": 1.0}  # one step has no state
         if "steps" not in self.facts:
             raise self._error(Refused("it has no time steps", "target nir takes spiking programs"), "")
-        return nir.NIRGraph(self.nodes, self.edges, metadata=self.facts, type_check=False)
+        made = nir.NIRGraph(self.nodes, self.edges, metadata=self.facts, type_check=False)
+        if late and flatten(made).feedback != late:
+            what = "a reader of the file would carry other values over from the step before"
+            raise self._error(Refused(what, "connect the layer that the loop returns to more directly to the input"), "")
+        return made
+
+    def _close(self) -> set[tuple[str, str]]:
+        """Add the nodes of cycles that were written out; their edges of feedback."""
+        try:
+            self.nodes |= self.cycles.nodes()
+            edges, late = self.cycles.edges()
+        except Refused as error:
+            raise self._error(error, "") from error
+        self.edges += edges
+        return late
 
     def _error(self, error: Refused, layer: str) -> UnsupportedError:
         source = self.program.sources.get(layer, "")
@@ -112,6 +130,12 @@ class _Export:
 
     def _call(self, node: fx.Node) -> None:
         op = _op(node)
+        if self.cycles.takes(node, self.values):
+            source = self.values.get(node.args[0]) if isinstance(node.args[0], fx.Node) else None
+            joined = self.cycles.read(node, source.sources if source else (), float(self.facts["dt"]))
+            if joined is not None:
+                self.values[node] = _Value((joined,))
+            return
         inputs = [a for a in node.args if isinstance(a, fx.Node) and a in self.values]
         inputs = inputs or [a for a in node.all_input_nodes if a in self.values]  # in a list, as of a concatenation
         if not inputs:

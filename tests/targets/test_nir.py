@@ -201,6 +201,40 @@ def test_a_recurrent_graph_runs_as_a_program() -> None:
     assert not module.graph().nodes["cell.rec"].weight.any()
 
 
+def populations(steps: int) -> nir.NIRGraph:
+    """Excitatory neurons with synapses and inhibitory ones with another reset; each hears the other, the first themselves too."""
+    rng = np.random.default_rng(0)
+    p, full = (lambda *s: rng.normal(size=s).astype(np.float32)), (lambda n, v: np.full(n, v, np.float32))
+    exc = [full(8, v) for v in (3.0, 4.0, 2.0, 0.1, 0.6)]
+    inh = [full(5, v) for v in (2.0, 2.0, 0.0, 0.7, -0.2)]
+    nodes = {
+        "x": nir.Input({"input": np.array([6])}), "fc": nir.Affine(p(8, 6), p(8) / 9), "ei": nir.Linear(p(5, 8)),
+        "exc": nir.CubaLIF(*exc, w_in=full(8, 1.5), metadata={"reset": "subtract", "tie": "ge", "v_init": 0.125}),
+        "inh": nir.LIF(*inh, metadata={"reset": "value", "tie": "gt"}), "ie": nir.Affine(p(8, 5) / 2, p(8) / 9),
+        "ee": nir.Linear(p(8, 8) / 3), "out": nir.LI(*(full(8, v) for v in (2.0, 1.0, 0.0))), "ot": nir.Linear(p(8, 8) / 9),
+        "output": nir.Output({"output": np.array([8])}),
+    }  # fmt: skip
+    edges = [("x", "fc"), ("fc", "exc"), ("exc", "ei"), ("ei", "inh"), ("inh", "ie"), ("ie", "exc"), ("exc", "ee"), ("ee", "exc")]
+    edges += [("exc", "out"), ("out", "ot"), ("ot", "out"), ("out", "output")]  # integrators that hear themselves
+    facts = {"dt": 1.0, "steps": steps, "encoding": "sequence", "readout": "sequence"}
+    return nir.NIRGraph(nodes, edges, metadata=facts, type_check=False)
+
+
+def test_loops_over_several_layers_come_back_from_a_program_that_wrote_them_out() -> None:
+    graph, x = populations(12), (np.random.default_rng(1).random((12, 3, 6)) < 0.4).astype(np.float64)
+    program = to_program(graph)
+    trace, again = interpret(graph, x, record=None), to_nir(program)
+    assert all(0.1 < trace.values[n].mean() < 0.6 for n in ("exc", "inh"))
+    found = interpret(again, x, record=None)
+    assert all(np.array_equal(found.values[n], trace.values[n]) for n in ("exc", "inh"))
+    assert np.abs(found.output - trace.output).max() < 1e-9
+    assert {n: type(node) for n, node in again.nodes.items()} == {n: type(node) for n, node in graph.nodes.items()}
+    assert {tuple(e) for e in again.edges} == {tuple(e) for e in graph.edges}
+    assert np.abs(program.run(torch.from_numpy(x.swapaxes(0, 1)).float())[0].numpy() - trace.output.swapaxes(0, 1)).max() < 1e-5
+    with pytest.raises(UnsupportedError, match="runs one step, which does not show what comes back; run more steps"):
+        to_nir(to_program(graph, 1))
+
+
 def test_nodes_of_every_kind_run_as_a_module() -> None:
     rng = np.random.default_rng(2)
     p = lambda *shape: rng.uniform(0.5, 1.5, shape).astype(np.float32)  # noqa: E731

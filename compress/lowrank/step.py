@@ -133,7 +133,13 @@ def _metered(
             break
         less += 1.02 * over
     after, (done, refused) = min(tries, key=lambda found: found[0].total)
+    modelled = now + sum(lines[name](f.option) - lines[name].dense for name, f in done.items())
     figures: dict[str, float | int | str] = {f"{kind} before": round(before.total, 2), f"{kind} after": round(after.total, 2)}
+    figures |= {f"{kind} after, modelled": round(modelled, 2)}  # by the sum of the layers alone
+    figures |= {
+        f"{kind} ratio": round(after.total / before.total, 3),
+        f"{kind} ratio, modelled": round(modelled / before.total, 3),
+    }
     how = f"layers at {PROBES} ranks each, those between interpolated; the model before and after; int8, {before.how}"
     return done, refused, figures | {"measured on": meter.settings.target, "measured how": how}
 

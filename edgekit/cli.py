@@ -374,8 +374,9 @@ def describe(
         raise InputError(f"{program}: describe reads frozen programs (.pt2), .nir files and run folders; {made}")
     from edgekit.frozen import load
     from edgekit.frozen.describe import describe as describe_program
+    from edgekit.runfolder import open_run
 
-    found = describe_program(load(program / "frozen.pt2" if program.is_dir() else program))
+    found = describe_program(load(open_run(program, "frozen.pt2") / "frozen.pt2" if program.is_dir() else program))
     console.print_json(found.to_json()) if json else console.print_description(found)
 
 
@@ -440,10 +441,11 @@ def setup_sim(
         raise InputError("--runtime and --apt-sources are for arm64, --python is for lava")
     with console.progress_bars(quiet=json) as bars:
         said = None if json else lambda what, done, total: None if done else print(f"{what} ...", file=sys.stderr)
+        shown = bars if sys.stderr.isatty() else said
         if system == "arm64":
-            found = arm64_root.setup(runtime, apt_sources, progress=bars or said)
+            found = arm64_root.setup(runtime, apt_sources, progress=shown)
         else:
-            found = simulators.setup(system, python, progress=bars or said)
+            found = simulators.setup(system, python, progress=shown)
     if json:
         console.print_json(found)
     elif system == "arm64":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -209,9 +210,12 @@ def size(count: int) -> str:
 
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[Progress | None]:
-    """A bar for each thing that runs, on stderr, gone at the end; nothing where stderr is not a terminal."""
-    if quiet or not sys.stderr.isatty():
+    """A bar for each thing that runs, on stderr, gone at the end; a line for each stage where stderr is no terminal."""
+    if quiet:
         yield None
+        return
+    if not sys.stderr.isatty():
+        yield _stage_lines()
         return
     from rich.console import Console
     from rich.progress import (
@@ -237,6 +241,17 @@ def progress_bars(quiet: bool) -> Iterator[Progress | None]:
                 bars.update(known[what], visible=False)
 
         yield update
+
+
+def _stage_lines() -> Progress:
+    """Prints the seconds since now and a stage's name when it begins, which it says by (name, 0, 0)."""
+    start = time.perf_counter()
+
+    def update(what: str, done: int, total: int) -> None:
+        if not done and not total:
+            print(f"[{time.perf_counter() - start:6.1f} s] {what}", file=sys.stderr, flush=True)
+
+    return update
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -84,14 +84,16 @@ def staged(folder: Path, *, keep: bool = False) -> Iterator[Path]:
         InputError: ``folder`` holds something else than a run, or nothing can be written there.
     """
     folder = Path(os.path.abspath(folder))
-    with _writing(folder, every=True):
+    with _writing(folder, every=True, keep=keep):
         old = _previous(folder)
+        if keep and not os.access(folder, os.W_OK):  # else found out at the end, when all is done
+            raise PermissionError(errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES, "cannot be written")
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.{os.getpid()}.", suffix=".tmp", dir=folder.parent))
         lock = _locked(staging)
     try:
-        with _writing(folder):
+        with _writing(folder, keep=keep):
             os.chmod(staging, 0o755)
             carried = _fill(folder, staging, old, keep)
             yield staging
@@ -240,8 +242,11 @@ _REASONS = {
 
 
 @contextlib.contextmanager
-def _writing(folder: Path, every: bool = False) -> Iterator[None]:
-    """OSErrors that mean 'cannot be written' as one sentence; others pass, unless ``every``: where only the folder is touched."""
+def _writing(folder: Path, every: bool = False, keep: bool = False) -> Iterator[None]:
+    """OSErrors that mean 'cannot be written' as one sentence; others pass, unless ``every``: where only the folder is touched.
+
+    ``keep``: the folder is a run that something is added to, so that no other can be chosen.
+    """
     try:
         yield
     except EdgekitError:
@@ -250,4 +255,6 @@ def _writing(folder: Path, every: bool = False) -> Iterator[None]:
         if error.errno not in _REASONS and not every:
             raise
         reason = _REASONS.get(error.errno or 0, "no folder can be made there; choose another folder")
+        if keep:
+            reason = f"{reason.partition(';')[0]}; copy the run folder to where you can write, and go on with the copy"
         raise InputError(f"cannot write {folder}: {reason}") from error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +140,37 @@ def test_a_bug_is_exit_code_70_with_its_traceback(recipe: Path) -> None:
     (recipe.parent / "sitecustomize.py").write_text("import edgekit.recipe\nedgekit.recipe.load = lambda *a: 1 / 0\n")
     done = process("run", recipe, PYTHONPATH=str(recipe.parent))
     assert done.returncode == 70 and "ZeroDivisionError" in done.stderr and "this is a bug in edgekit" in done.stderr
+
+
+def test_a_line_for_each_stage_where_there_is_no_terminal(recipe: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["run", str(recipe), "--out", str(tmp_path / "run")])
+    begun = re.findall(r"^\[ *\d+\.\d s\] (.+)$", done.stderr, re.MULTILINE)
+    assert {"load", "compress", "verify", "report"} <= {*begun} and len(begun) == len({*begun}) < 12
+    done = CliRunner().invoke(cli.app, ["run", str(recipe), "--out", str(tmp_path / "run"), "--json"])
+    assert done.exit_code == 0 and done.stderr == ""
+
+
+@pytest.mark.slow
+def test_no_warnings_of_other_packages(recipe: Path, tmp_path: Path) -> None:
+    code = f"import edgekit; edgekit.run({str(recipe)!r}, {str(tmp_path / 'run')!r}, resume=False)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "not a run folder (no manifest.json)"), ("{", "manifest.json: damaged")])
+def test_describe_wants_a_whole_run(content: str | None, words: str, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "manifest.json").unlink()
+    if content is not None:
+        (tmp_path / "run" / "manifest.json").write_text(content)
+    code, text = call("describe", tmp_path / "run")
+    assert code == 2 and words in text and "\n" not in text
+
+
+def test_a_run_that_cannot_be_written_is_told_before_the_work(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: mode != os.W_OK)  # root may write anywhere
+    code, text = call("verify", finished)
+    assert code == 2 and text.startswith(f"cannot write {finished}: ") and "go on with the copy" in text and "\n" not in text
 
 
 def test_describe_says_what_it_reads(finished: Path, tmp_path: Path) -> None:

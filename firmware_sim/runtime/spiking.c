@@ -219,7 +219,16 @@ EK_NOINLINE void ek_neurons_step_s16(const ek_neurons *p, const int16_t *x, int8
 
 /* y = faded `before` + x, for `period` of them; `before` may be y */
 EK_INLINE void fade(const int16_t *decay, uint32_t period, const int16_t *before, const int16_t *x, int16_t *y) {
-    for (uint32_t i = 0; i < period; i++) {
+    uint32_t i = 0;
+#if EK_SET == EK_MVE
+    for (; i + 8 <= period; i += 8) {
+        const int16x8_t u = vld1q_s16(before + i), d = vld1q_s16(decay + i);
+        const int16x8_t leaks = vshrq_n_s16(vaddq_s16(d, vdupq_n_s16(-32767)), 15); /* 0: none */
+        const int16x8_t left = vorrq_s16(vandq_s16(vqrdmulhq_s16(u, d), leaks), vbicq_s16(u, leaks));
+        vst1q_s16(y + i, vqaddq_s16(left, vld1q_s16(x + i)));
+    }
+#endif
+    for (; i < period; i++) {
         const int32_t d = decay[i], u = before[i];
         y[i] = (int16_t)saturated((d == 32767 ? u : (u * d + 0x4000) >> 15) + x[i]);
     }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["CHAINS", "SMALL", "cases"]
+__all__ = ["CHAINS", "SMALL", "Within", "cases"]
 
 Case = tuple[str, str, Callable[[], nn.Module], Sequence[Sequence[int]]]
 """Name, kind, what makes the module, shapes of its inputs without batch."""
@@ -54,6 +54,29 @@ class Classed(nn.Module):
         return self.after(self.conv(x))
 
 
+class Joined(nn.Module):
+    """Two convolutions of the same values and what joins them; the join alone would have nothing integer to read."""
+
+    def __init__(self, channels: int, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.join = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1), join
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(self.a(x), self.b(x))
+
+
+class Within(nn.Module):
+    """A module with the name that layers of real networks have: names are in files, and take bytes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([module])
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        found: Tensor = self.blocks[0](*xs)
+        return found
+
+
 def cases() -> Iterator[Case]:
     """Every operator to be measured alone on a host."""
 
@@ -70,8 +93,8 @@ def cases() -> Iterator[Case]:
         shape = (rows, c) if rows else (c,)
         yield f"linear {rows} {c}->{o}", "linear", lambda c=c, o=o: nn.Linear(c, o), [shape]  # type: ignore[misc]
     for shape in IMAGES:
-        yield f"add {shape}", "qadd", lambda: Function(torch.add), [shape, shape]
-        yield f"mul {shape}", "qmul", lambda: Function(torch.mul), [shape, shape]
+        for join in (torch.add, torch.mul):
+            yield f"{join.__name__} {shape}", f"q{join.__name__}", _joined(shape[0], join), [shape]
         yield f"max_pool {shape}", "qmax_pool2d", _after(shape[0], lambda x: F.max_pool2d(x, 2)), [shape]
         yield f"avg_pool {shape}", "qavg_pool2d", _after(shape[0], lambda x: F.avg_pool2d(x, 2)), [shape]
         yield f"mean {shape}", "qmean", _after(shape[0], lambda x: x.mean((2, 3))), [shape]
@@ -86,6 +109,10 @@ def cases() -> Iterator[Case]:
 
 def _after(channels: int, f: Callable[..., Any]) -> Callable[[], nn.Module]:
     return lambda: Classed(channels, f)
+
+
+def _joined(channels: int, join: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], nn.Module]:
+    return lambda: Joined(channels, join)
 
 
 class Residual(nn.Module):

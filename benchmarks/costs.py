@@ -2,11 +2,12 @@
 
     python benchmarks/costs.py [--targets tflite cortex-m4] [--device local] [--out FOLDER] [--runs 200]
 
-For ExecuTorch, TFLite and ONNX a file of each operator is timed on the device (four in turn, the least of all timed calls; one
-thread); for the Cortex-M cores chains of layers run on the core's emulated board, where instructions are counted. Costs are
-fitted to the terms of ``edgekit.costs`` with coefficients of zero or more, by least relative squares. The networks that the
-error is told of are none of those. Written to ``edgekit/cost_tables``, or to FOLDER for a machine of your own, and recorded in
-``results/costs.json``. Run it on a machine that does nothing else.
+For ExecuTorch, TFLite and ONNX a file of each operator is timed on the device (four in turn, the least of all calls of five
+rounds through all files; one thread); for the Cortex-M cores chains of layers run on their emulated boards, where instructions
+are counted. Costs are fitted to the terms of ``edgekit.costs`` with coefficients of zero or more, by least relative squares. The
+networks that the error is told of are none of those. A host's table in which an operator that computes costs nothing, or whose
+rounds differ, is refused: the machine was busy. Written to ``edgekit/cost_tables``, or to FOLDER for a machine of your own, and
+recorded in ``results/costs.json``. Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import subjects
 import torch
-from cost_cases import CHAINS, SMALL, cases
+from cost_cases import CHAINS, SMALL, Within, cases
 from scipy.optimize import nnls
 from subjects import log, write
 from torch import Tensor, nn
@@ -47,6 +48,11 @@ TILES = tuple(product((1, 2, 4, 8, 16), (1, 4, 8, 16)))
 NETS = ("resnet8", "dscnn", "resnet20")
 
 TOGETHER = 4
+ROUNDS = 5
+BUSY = 1.1
+"""Where the second least round of half of the files is so many times the least one, the machine did something else."""
+FREE = ("qreshape", "quantize", "dequantize", "qpad")
+"""What may cost nothing on a host: moves that a runtime leaves out, and conversions beside a call."""
 LEAST = 0.05
 """Errors are relative to the cost, or to this where it is less (a reshape of firmware costs nothing)."""
 
@@ -73,36 +79,51 @@ def bits_of(target: str, kind: str) -> list[int]:
     return [FLOAT, 8, *narrow]
 
 
-def timed(target: str, device: Any, files: Sequence[tuple[Path, FrozenProgram]], runs: int) -> list[float]:
-    """Least microseconds of each file; few in turn, since many would push each other out of the caches."""
+def timed(target: str, device: Any, files: Sequence[tuple[Path, FrozenProgram]], runs: int) -> tuple[list[float], float]:
+    """Least microseconds of each file over all rounds, and the median over files of the second least round by the least.
+
+    Few files in turn, since many would push each other out of the caches; every other round goes backwards.
+    """
     module = targets.get(target)
     sent = []
     for path, program in files:
         x = [np.random.default_rng(0).standard_normal(s).astype(np.float32) for s in program.input_shapes]
         sent.append(File(path, target, module.encode(path, x)))
-    found: list[float] = []
-    for i in range(0, len(sent), TOGETHER):
-        _, times = device.ask("profile", sent[i : i + TOGETHER], Settings(num_runs=runs, warmup_runs=10))
-        found += [float(t[0][0].min()) / 1e3 for t in times]
-    return found
+    found = np.full((ROUNDS, len(sent)), np.inf)
+    groups = [slice(i, i + TOGETHER) for i in range(0, len(sent), TOGETHER)]
+    for k in range(ROUNDS):
+        for group in groups[:: 1 if k % 2 == 0 else -1]:
+            _, times = device.ask("profile", sent[group], Settings(num_runs=-(-runs // ROUNDS), warmup_runs=10))
+            found[k, group] = [float(t[0][0].min()) / 1e3 for t in times]
+    found.sort(0)
+    return found[0].tolist(), float(np.median(found[1] / found[0])) if len(sent) else 1.0
 
 
-def host_rows(target: str, device: Any, runs: int, folder: Path) -> Iterator[Measured]:
-    """Every case at every width."""
+def host_rows(target: str, device: Any, runs: int, folder: Path, only: str) -> tuple[list[Measured], float]:
+    """Every case at every width, and the spread of the rounds."""
     module, files = targets.get(target), []
-    for name, kind, make, shape in cases():
+    for name, kind, make, shape in (c for c in cases() if only in c[0]):
         for bits in bits_of(target, kind):
             path = folder / f"{len(files)}{module.SUFFIX}"
             try:
-                program = program_of(make(), shape, bits)
+                program = program_of(Within(make()), shape, bits)
                 module.lower(program, path, module.Options())
             except Exception as error:
                 log(f"  {target} {name} {bits}: left out: {subjects.one_line(error)}")
                 continue
             files.append((path, program))
         log(f"  {target} {name}")
-    for (path, program), cost in zip(files, timed(target, device, files, runs), strict=True):
-        yield [w for _, w in works(program)], cost, path.stat().st_size
+    costs, spread = timed(target, device, files, runs)
+    rows = [([w for _, w in works(p)], cost, path.stat().st_size) for (path, p), cost in zip(files, costs, strict=True)]
+    return rows, spread
+
+
+def refused(target: str, facts: dict[str, Any], spread: float) -> list[str]:
+    """What speaks against a host's table."""
+    found = [f"rounds differ by {spread:.2f} times"] if spread > BUSY else []
+    computes = {k: v for k, v in facts["kinds"].items() if k.split("/")[0] not in FREE}
+    nothing = [k for k, v in computes.items() if not any(v["terms"])]
+    return [*found, *([f"no cost was found for {', '.join(nothing)}"] if nothing else [])]
 
 
 def core_rows(core: str, folder: Path) -> Iterator[Measured]:
@@ -171,7 +192,7 @@ def sizes(target: str, rows: Sequence[Measured]) -> list[float]:
     """Coefficients of a file's bytes beyond its weights."""
     known = [(ws, size - sum(_bytes(target, w) for w in ws)) for ws, _, size in rows if size]
     if not known:
-        return [0.0, 0.0, 0.0]
+        return [0.0] * len(size_terms([], target))
     a, b = np.array([size_terms(ws, target) for ws, _ in known]), np.array([s for _, s in known])
     return [round(float(c), 1) for c in nnls(a / b[:, None], np.ones(len(b)))[0]]
 
@@ -199,10 +220,7 @@ def checked(target: str, device: Any, made: Table, runs: int, folder: Path) -> l
         for bits in bits_of(target, "conv"):
             if bits == 2:
                 continue
-            block = recipe.Block("rewrite", Rewrite(fuse=False))
-            if bits != FLOAT:
-                block = recipe.Block("ptq", PTQ(weights=f"int{bits}", samples=8))  # type: ignore[arg-type]
-            program = apply(model, [block], Data(calibration=x), name=name).program
+            program = compressed(model, x, bits, name)
             path = folder / f"{name}-{bits}" / f"model{module.SUFFIX}"
             path.parent.mkdir(parents=True)
             try:
@@ -216,7 +234,7 @@ def checked(target: str, device: Any, made: Table, runs: int, folder: Path) -> l
                 continue
             files.append((path, program))
             named.append((name, bits, size, cost))
-    costs = [c for *_, c in named] if target in CORES else timed(target, device, files, runs)
+    costs = [c for *_, c in named] if target in CORES else timed(target, device, files, runs)[0]
     rows = []
     for (name, bits, size, _), (_, program), cost in zip(named, files, costs, strict=True):
         found = [w for _, w in works(program)]
@@ -230,17 +248,51 @@ def checked(target: str, device: Any, made: Table, runs: int, folder: Path) -> l
     return rows
 
 
-def made(target: str, device: str, runs: int, earlier: Path | None) -> dict[str, Any]:
-    """A whole table; ``earlier``: one whose measured operators are fitted again."""
+def resized(path: Path) -> dict[str, Any]:
+    """A table with its sizes fitted again from the bytes in it."""
+    table = json.loads(path.read_text())
+    target = table["target"]
+    table["size"] = sizes(target, [([Work(**w) for w in r["works"]], r["cost"], r["bytes"]) for r in table["rows"]])
+    found = Table(target, table["unit"], "", "", 0.0, {}, tuple(table["size"]))
+    nets = {name: (model, x) for name, model, x in networks()}
+    for net in table["nets"]:
+        model, x = nets[net["model"]]
+        net["predicted_bytes"] = round(found.bytes([w for _, w in works(compressed(model, x, net["bits"], net["model"]))]))
+    return table  # type: ignore[no-any-return]
+
+
+def compressed(model: nn.Module, x: Tensor, bits: int, name: str) -> FrozenProgram:
+    """A network to check a table on, with weights of so many bits."""
+    block = recipe.Block("rewrite", Rewrite(fuse=False))
+    if bits != FLOAT:
+        block = recipe.Block("ptq", PTQ(weights=f"int{bits}", samples=8))  # type: ignore[arg-type]
+    return apply(model, [block], Data(calibration=x), name=name).program
+
+
+def made(target: str, device: str, runs: int, earlier: Path | None, only: str = "") -> dict[str, Any]:
+    """A whole table.
+
+    Args:
+        earlier: one whose measured operators are fitted again.
+        only: cases with this in their name, for trying the script out.
+
+    Raises:
+        SystemExit: the measurements are no good.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         place = connect(f"qemu:{target}" if target in CORES else device)
         (folder / "check").mkdir()
+        spread = 0.0
         if earlier is not None:
             rows = [([Work(**w) for w in r["works"]], r["cost"], r["bytes"]) for r in json.loads(earlier.read_text())["rows"]]
+        elif target in CORES:
+            rows = list(core_rows(target, folder))
         else:
-            rows = list(core_rows(target, folder) if target in CORES else host_rows(target, place, runs, folder))
+            rows, spread = host_rows(target, place, runs, folder, only)
         facts = fitted(target, rows)
+        if target in HOST and not only and (wrong := refused(target, facts, spread)):
+            raise SystemExit(f"{target}: {'; '.join(wrong)}; nothing is written: measure on a machine that does nothing else")
         kinds = {k: (tuple(v["tile"]), tuple(v["terms"])) for k, v in facts["kinds"].items()}
         size = sizes(target, rows)
         trial = Table(target, unit(target), "", "", facts["call"], kinds, tuple(size))
@@ -248,9 +300,10 @@ def made(target: str, device: str, runs: int, earlier: Path | None) -> dict[str,
     errors = [abs(trial.total(ws)[0] - (0 if size else trial.call) - c) / max(c, LEAST) for ws, c, size in rows]
     how = "instructions of layers counted on an emulated board, chains of layers with random weights"
     if target in HOST:
-        how = f"least time of {runs} calls of single operators, one thread, four in turn"
+        how = f"least time of {runs} calls of single operators in {ROUNDS} rounds, one thread, four in turn"
     return {
         "target": target, "unit": unit(target), "machine": machine(target, place), "method": f"{how}; {len(rows)} measurements",
+        **({"spread": round(spread, 3)} if spread else {}),
         **facts, "size": size, "nets": nets, "fit_error": round(float(np.median(errors)), 4),
         "rows": [{"works": [plain(w) for w in ws], "cost": round(c, 3), "bytes": b} for ws, c, b in rows],
     }  # fmt: skip
@@ -294,11 +347,21 @@ def main() -> None:
     parser.add_argument("--device", default="local")
     parser.add_argument("--out", type=Path, default=TABLES)
     parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument(
+        "--sizes", action="store_true", help="only fit the sizes again, from the bytes in the tables that are there"
+    )
+    parser.add_argument("--only", default="", help="cases with this in their name; give --out, for trying the script out")
     parser.add_argument("--refit", action="store_true", help="take the measured operators from the tables that are there")
     given = parser.parse_args()
+    if given.only and given.out == TABLES:
+        parser.error("--only is for trying the script out; give --out FOLDER")
     torch.set_num_threads(1)
     for target in given.targets:
-        found = made(target, given.device, given.runs, given.out / f"{target}.json" if given.refit else None)
+        path = given.out / f"{target}.json"
+        if given.sizes:
+            found = resized(path)
+        else:
+            found = made(target, given.device, given.runs, path if given.refit else None, given.only)
         given.out.mkdir(exist_ok=True)
         write_whole(given.out / f"{target}.json", text_of(found))
         rows = [

@@ -114,8 +114,14 @@ def _up(n: int, step: int) -> int:
 
 
 def size_terms(works: Sequence[Work], target: str) -> tuple[float, ...]:
-    """What a file's bytes beyond its weights are a weighted sum of: a file, an operator, an output channel (bias and scale)."""
-    return (1.0, float(len(works)), float(sum(w.channels for w in works)))
+    """What a file's bytes beyond its weights are a weighted sum of: a file; a layer with integer weights, one with float weights,
+    another operator; an output channel of the first two (bias, scale, zero point).
+    """
+    weighted = [w for w in works if w.channels]
+    integer = [w for w in weighted if w.bits != FLOAT]
+    floats = [w for w in weighted if w.bits == FLOAT]
+    layers = (len(integer), len(floats), len(works) - len(weighted))
+    return (1.0, *map(float, layers), float(sum(w.channels for w in integer)), float(sum(w.channels for w in floats)))
 
 
 def weight_bytes(work: Work, target: str) -> float:

@@ -101,9 +101,9 @@ def _weighted(build: Builder, layer: Layer) -> tuple[dict[str, Any], dict[str, N
     real = _f32(layer.args["in_scale"]) * scales / _f32(layer.args["out_scale"])
     bounds = _bounds(layer)
     fixed = np.array([_fixed(build, layer, float(m)) for m in real], dtype=np.int64).reshape(-1, 2)
-    if bounds["high"] - bounds["low"] < _FEW_LEVELS:
-        fixed = rounded_once(real, fixed)
     in_zp = int(layer.args["in_zp"])
+    if bounds["high"] - bounds["low"] < _FEW_LEVELS or in_zp > 127 - _FEW_LEVELS:  # it gives or reads few levels
+        fixed = rounded_once(real, fixed)
     weight = found["weight"].astype(np.int64).reshape(len(scales), -1)
     folded = found["bias"].astype(np.int64) - in_zp * weight.sum(1)
     largest = np.abs(folded) + 128 * np.abs(weight).sum(1)
@@ -116,7 +116,7 @@ def _weighted(build: Builder, layer: Layer) -> tuple[dict[str, Any], dict[str, N
 
 
 def rounded_once(real: NDArray[np.float64], fixed: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Mantissas and shifts (channels, 2) without right shifts, whose second rounding would be felt in an output of few levels.
+    """Mantissas and shifts (channels, 2) without right shifts, whose second rounding is felt where levels are few.
 
     Sums of few bits have multipliers near 1, so the first rounding is to halves or quarters of an output step: up to 25 % of
     values would come out a level off. A mantissa below 2^30 needs no shift; what it loses is below 2^-32 of a sum. Multipliers

@@ -31,10 +31,13 @@ _LEVELS = 127
 
 
 def ready(net: SpikingNet, chip: str, encoder: str) -> None:
-    """What a chip's neurons are before training: on Xylo membranes begin at 0."""
+    """What a chip's neurons are before training: on Xylo membranes begin at 0, and so do leaky ones on Loihi 2.
+
+    (There biases begin before the input arrives; a start that takes this back must not be above the threshold.)
+    """
     for name, site in net.sites.items():
-        if chip == "xylo" and site.name != encoder:
-            neuron = net.neuron(name)
+        neuron = net.neuron(name)
+        if site.name != encoder and (chip == "xylo" or (chip == "loihi2" and neuron.leaky)):
             neuron.v_init = torch.zeros_like(neuron.v_init)
 
 
@@ -55,8 +58,7 @@ def on_grid(backward: Backward, net: SpikingNet, chip: str) -> Backward:
 def place(net: SpikingNet, chip: str) -> list[tuple[Tensor, Tensor]]:
     """Put weights and time constants on the chip's grid, in place; the tensors that changed, and what they were."""
     found: list[tuple[Tensor, Tensor]] = []
-    for weight, bias in _weights(net, chip):
-        values = [weight] if bias is None or chip != "speck" else [weight, bias]
+    for values in _groups(net, chip):
         found += [(value, value.data) for value in values]
         step = _scale([v.data for v in values], chip)
         for value in values:
@@ -88,23 +90,37 @@ def _parts_of_4096(tau: Tensor) -> Tensor:
 _DECAYS: dict[str, Callable[[Tensor], Tensor]] = {"xylo": _shifts, "loihi2": _parts_of_4096}
 
 
-def _weights(net: SpikingNet, chip: str) -> list[tuple[Tensor, Tensor | None]]:
-    """Weight and bias of each layer that the chip runs."""
+def _groups(net: SpikingNet, chip: str) -> list[list[Tensor]]:
+    """Parameters that share scales on the chip: all that leads to a layer of neurons from others, and for Xylo to the output."""
     nodes = list(net.module.graph.nodes)
-    spiking, leading = set[fx.Node](), set[fx.Node]()
+    neurons = {node for node in nodes if node.op == "call_module" and str(node.target) in net.sites}
+    spiking = set[fx.Node]()
     for node in nodes:
-        if (node.op == "call_module" and str(node.target) in net.sites) or any(i in spiking for i in node.all_input_nodes):
+        if node in neurons or any(i in spiking for i in node.all_input_nodes):
             spiking.add(node)
-    for node in reversed(nodes):
-        if any((u.op == "call_module" and str(u.target) in net.sites) or u in leading for u in node.users):
-            leading.add(node)
-    found: list[tuple[Tensor, Tensor | None]] = []
-    for node in nodes:
-        op = operator_name(node) if node.op == "call_function" else ""
-        if op not in ("conv2d", "linear") or node not in spiking or (node not in leading and chip != "xylo"):
-            continue
-        if isinstance(node.args[1], fx.Node) and node.args[1].op == "get_attr":
-            weight = net.module.get_parameter(str(node.args[1].target))
-            bias = node.args[2] if len(node.args) > 2 else None
-            found.append((weight, net.module.get_parameter(str(bias.target)) if isinstance(bias, fx.Node) else None))
-    return found
+    ends = [node.args[0] for node in nodes if node in neurons]
+    ends += [i for node in nodes if node.op == "output" and chip == "xylo" for i in node.all_input_nodes]
+    groups, seen = list[list[Tensor]](), set[fx.Node]()
+    for end in ends:
+        group: list[Tensor] = []
+        _gather(end, net, chip, (neurons, spiking, seen), group)
+        if group:
+            groups += [[value] for value in group] if chip == "xylo" else [group]
+    return groups
+
+
+def _gather(node: fx.Node, net: SpikingNet, chip: str, known: tuple[set[fx.Node], ...], group: list[Tensor]) -> None:
+    """Weights and amplitudes between neurons and ``node``, the nearest first."""
+    neurons, spiking, seen = known
+    if node in neurons or node not in spiking or node in seen:
+        return
+    seen.add(node)
+    op = operator_name(node) if node.op == "call_function" else ""
+    given = [a for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
+    if op in ("conv2d", "linear", "mul") and given:
+        kept = given if chip == "speck" else given[:1]  # a bias has bits of its own elsewhere
+        group += [net.module.get_parameter(str(a.target)) for a in kept]
+        if op != "mul":
+            return
+    for before in node.all_input_nodes:
+        _gather(before, net, chip, known, group)

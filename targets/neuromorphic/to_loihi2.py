@@ -86,7 +86,9 @@ def quantize(graph: Any, calibration: NDArray[Any], dt: float | None = None) -> 
 def _notes(layer: Layer, chosen: LoihiLayer, trace: Trace) -> list[str]:
     notes, how = [], rule(layer.name, layer.node)
     if how.tie == "ge" and not _even(layer):
-        notes.append(f"node {layer.name}: spikes where v >= threshold in the graph, where v > threshold on the chip")
+        notes.append(
+            f"node {layer.name}: spikes where v >= threshold in the graph, on the chip where v > threshold less one unit"
+        )
     if how.reset == "subtract":
         notes.append(f"node {layer.name}: reset by subtraction, a neuron program of one's own on Loihi 2; Loihi has none")
     if np.any(chosen.bias) and trace.spikes[: trace.lag].any():
@@ -194,9 +196,9 @@ def _rounded(layer: Layer, form: _Form, clip: float, given: Any, before: Mapping
     last: tuple[LoihiLayer, Trace] | None = None
     for exponent in range(7, -8, -1):
         unit = scale * 2.0**exponent  # of the chip's membrane, over 64
-        threshold = int(np.rint(unit))
+        threshold = int(np.rint(unit)) - (rule(name, layer.node).tie == "ge" and not tie)  # v > t - 1 is nearest to v >= t
         mantissa, bias_exp = _bias(form.bias * unit * 64)
-        if threshold > 131071 or mantissa is None:
+        if threshold > 131071 or threshold < 1 or mantissa is None:
             continue
         dv, du = min(int(np.rint(4096 * rates["membrane chip"])), 4095), int(np.rint(4096 * rates["current chip"])) - 1
         start = _earlier(form.start * unit * 64 + tie, mantissa.astype(float) * 2**bias_exp, 1 - dv / 4096, lag, threshold << 6)

@@ -92,7 +92,7 @@ def test_loihi_takes_the_largest_exponent_that_stays_in_24_bits() -> None:
         assert 2 * one.threshold > 2000  # a finer unit than a single step of the weights
     assert made.difference < 0.05 and not any(">= threshold" in note for note in made.notes)
     ge = to_loihi2.quantize(lif_net(tie="ge"), spikes(20, 4, 16).astype(int))
-    assert any("spikes where v >= threshold in the graph, where v > threshold on the chip" in note for note in ge.notes)
+    assert any("v >= threshold in the graph, on the chip where v > threshold less one unit" in note for note in ge.notes)
 
 
 def test_a_readout_behind_loihi_is_the_hosts() -> None:

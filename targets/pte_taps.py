@@ -10,11 +10,13 @@ import importlib.resources
 import json
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from edgekit.frozen import FrozenProgram, Layer
 from edgekit.targets.pte_file import FileOp, PteFile, read_pte
@@ -84,7 +86,11 @@ def choose(file: PteFile, placement: Placement) -> tuple[Tap, ...]:
 
 
 def spike_taps(file: PteFile, program: FrozenProgram) -> tuple[Tap, ...]:
-    """The layers of neurons: what joins the spikes of all steps, the concatenations of that shape counted off in both."""
+    """The layers of neurons: what joins the spikes of all steps.
+
+    Those of one shape are told by the constants that they follow from, as branches may change places in a file; where these do
+    not tell, they are counted off.
+    """
     written = written_out(program, floors=True)
     joined: dict[tuple[int, ...], list[int]] = {}
     for op in file.ops:
@@ -95,12 +101,50 @@ def spike_taps(file: PteFile, program: FrozenProgram) -> tuple[Tap, ...]:
         if str(node.target) == "aten.cat.default":
             wanted.setdefault(tuple(sorted(node.meta["val"].shape)), []).append(node.name)
     names = {node: name for name, node in written.neurons.items()}
+    behind, after = _behind_nodes(written.program.module), _behind_tensors(file)
     found = []
     for shape, nodes in wanted.items():
         numbers = joined.get(shape, [])
         if len(numbers) == len(nodes):
+            numbers = _in_order_of(nodes, numbers, behind, after)
             found += [(program.layer(names[n]), (i,)) for n, i in zip(nodes, numbers, strict=True) if n in names]
     return _taps(file, found)
+
+
+def _in_order_of(
+    nodes: Sequence[str], numbers: Sequence[int], behind: Mapping[str, frozenset[bytes]], after: Mapping[int, frozenset[bytes]]
+) -> list[int]:
+    """``numbers`` in the order of the nodes that follow from the same constants; as they are where that is not clear."""
+    both = frozenset().union(*behind.values()) & frozenset().union(*after.values())
+    of = {after[i] & both: i for i in numbers}
+    wanted = [behind[n] & both for n in nodes]
+    return [of[w] for w in wanted] if set(wanted) == set(of) and len(of) == len(nodes) else list(numbers)
+
+
+def _behind_nodes(module: Any) -> dict[str, frozenset[bytes]]:
+    """The constants of several numbers that each value of a graph follows from, as the bytes of their sorted values."""
+    found: dict[str, frozenset[bytes]] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            value: Any = module
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            found[node.name] = _told(value.detach().numpy())
+        else:
+            found[node.name] = frozenset().union(*(found[n.name] for n in node.all_input_nodes))
+    return found
+
+
+def _behind_tensors(file: PteFile) -> dict[int, frozenset[bytes]]:
+    found: dict[int, frozenset[bytes]] = {n: _told(t.data) for n, t in file.tensors.items() if t.data is not None}
+    for op in file.ops:
+        behind = frozenset().union(*(found.get(n, frozenset()) for n in op.inputs))
+        found |= dict.fromkeys(op.outputs, behind)
+    return found
+
+
+def _told(values: np.ndarray) -> frozenset[bytes]:
+    return frozenset({np.sort(values.astype(np.float32), axis=None).tobytes()}) if values.size > 1 else frozenset()
 
 
 def _taps(file: PteFile, layers: Sequence[tuple[Layer, Sequence[int]]]) -> tuple[Tap, ...]:

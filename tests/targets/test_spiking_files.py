@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from spiking_nets import STEPS, conv_program, dense_program, recurrent_program
+from spiking_nets import STEPS, conv_program, dense_program, neuron, recurrent_program
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from edgekit.cli import app
 from edgekit.compress.spiking.integer import integer_program
 from edgekit.errors import UnsupportedError
-from edgekit.frozen import FrozenProgram, freeze_module, load, save
+from edgekit.frozen import FrozenOp, FrozenProgram, freeze_module, load, save
 from edgekit.frozen.one_step import initial_state, stepping
 from edgekit.parity import ArtifactParity
 from edgekit.stages import Evaluation
@@ -103,13 +103,49 @@ def test_a_file_spikes_as_the_program_in_every_layer(target: str, name: str, tmp
     assert rows["spike1"].note == "8 steps written out" and rows["spike1"].runs == "float"
     assert sum(row.macs for row in artifact.coverage) == program.macs
 
-    weight = next(x for x in program.float_layers if x.name == ("conv2" if "conv" in name else "fc2"))
+    weight = next(x for x in program.float_layers if x.name == ("conv2" if name in ("conv if", "conv lif") else "fc2"))
     number = float(next(t for k, t in weight.constants.items() if k.endswith("weight")).reshape(-1)[3])
     data, pattern = path.read_bytes(), struct.pack("<f", number)
     assert data.count(pattern) == 1
     path.write_bytes(data.replace(pattern, struct.pack("<f", -number)))
     assert any(m.layer == weight.name for m in module.readback(path, program))
     assert verified(program, target, path, x).first_diverging == weight.name
+
+
+class Attention(nn.Module):
+    """Three layers of neurons of one shape beside each other, whose order in a file is the partitioner's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.spike0 = FrozenOp("fold_steps", 1, {}), neuron("lif", v_threshold=0.3)
+        self.first, self.head = nn.Conv2d(2, 6, 3, padding=1), nn.Linear(54, 4)
+        self.branches = nn.ModuleList(nn.Conv2d(6, 6, 3, padding=1) for _ in range(3))
+        self.spikes = nn.ModuleList(neuron("lif", v_threshold=0.2 + 0.1 * i) for i in range(3))
+        for branch in self.branches:
+            branch.weight.data.mul_(4)
+        self.out, self.mean = neuron("lif", v_threshold=0.4), FrozenOp("accumulate", 1, {}, gain=1 / STEPS, steps=STEPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.spike0(self.first(self.enter(x)))
+        q, k, v = (fire(layer(s)) for fire, layer in zip(self.spikes, self.branches, strict=True))
+        y: Tensor = self.mean(self.head((q * self.out((k * v).sum((2, 3), keepdim=True))).flatten(1)))
+        return y
+
+
+@pytest.mark.slow
+def test_branches_of_one_shape_are_told_apart_in_a_file(tmp_path: Path) -> None:
+    module = get("executorch")
+    if module.available():
+        pytest.skip(module.available())
+    x = (torch.rand(2, STEPS, 2, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.5).float()
+    program = freeze_module(Attention(), (x,), name="attention")
+    artifact = module.lower(program, tmp_path / "model.pte")
+    taps, expected = module.taps(artifact.path, program, [x[:1].numpy()]), program.trace(x[:1])
+    assert {"spikes.0", "spikes.1", "spikes.2", "out"} <= set(taps)
+    assert all(np.array_equal(taps[n], expected[n].numpy()) for n in taps)
+    assert len({expected[f"spikes.{i}"].numpy().tobytes() for i in range(3)}) == 3
+    assert verified(program, "executorch", artifact.path, x).ok
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

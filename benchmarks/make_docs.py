@@ -177,8 +177,8 @@ def overhead(rows: Sequence[Row]) -> str:
 def memory(rows: Sequence[Row]) -> str:
     """Peak memory of calibration."""
     return _plain(
-        "## Memory of calibration",
-        "Peak resident MB of a process that calibrates, with 64 and with 1024 samples (at most 1.2 times as much).",
+        "## Memory of calibration and reconstruction",
+        "Peak resident MB of a process that quantizes, with 64 and with 1024 samples (at most 1.2 times as much).",
         rows, {"model": "network", "variant": "what", "peak_memory_mb_64": "64", "peak_memory_mb_1024": "1024"},
         ("memory_ratio", "memory_ratio_bound", "ratio"),
     )  # fmt: skip

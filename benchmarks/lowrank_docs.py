@@ -1,11 +1,11 @@
-"""The low-rank part of docs/benchmarks.md, from the rows of results/lowrank.json and lowrank_latency.json."""
+"""The low-rank part of docs/benchmarks.md, from the rows of results/lowrank*.json."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["latencies", "lowrank"]
+__all__ = ["attention", "latencies", "lowrank"]
 
 Row = Mapping[str, Any]
 GOALS = {
@@ -115,3 +115,30 @@ def latencies(rows: Sequence[Row]) -> str:
         "The paper on RMSNorm names 1 to 10 %.\n\n"
     )
     return text + _table(["model", "format", "variant", "us", "ratio"], lines)
+
+
+def attention(rows: Sequence[Row]) -> str:
+    """Linformer and low rank: accuracy after repair, and where each of them pays."""
+    lines = [
+        [r["variant"], r["repair_epochs"], f"{r['accuracy']:.1f}", f"{r['macs']:,}"] for r in rows if r["part"] == "accuracy"
+    ]
+    text = (
+        "## Linformer beside low rank\n\nAn encoder on the recordings as 60 tokens, int8; keys and values at 16 tokens, "
+        "or ranks of 16, or both. Linformer computes something else until it is trained:\n\n"
+    )
+    text += _table(["variant", "epochs of repair", "accuracy %", "MACs"], lines)
+    lines = [
+        [
+            r["model"],
+            r["target"],
+            r["variant"],
+            r["latency_us"],
+            f"{r['latency_ratio']:.2f}",
+            f"{r['macs_ratio']:.2f}",
+            r["crossover_tokens"],
+        ]
+        for r in rows
+        if r["part"] == "latency" and r["variant"] != "dense int8"
+    ]
+    text += "\nOne layer, ratios to the dense one; from so many tokens on Linformer has fewer MACs than low rank (modelled):\n\n"
+    return text + _table(["model", "format", "variant", "us", "latency ratio", "MACs ratio", "crossover"], lines)

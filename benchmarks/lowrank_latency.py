@@ -1,6 +1,6 @@
 """Latency of low-rank layers, of RMSNorm and of other exact rewrites as ratios to the model as it came, in ExecuTorch and TFLite.
 
-    python benchmarks/lowrank_latency.py [--rounds 200] [--targets executorch tflite]
+    python benchmarks/lowrank_latency.py [--rounds 200] [--targets executorch tflite] [--only SiLU [--keep]]
 
 One thread, the files of one model interleaved, the ratio is the median over rounds. Below 1: faster than the model as it came.
 Run it on a machine that does nothing else.
@@ -164,7 +164,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", default=["executorch", "tflite"])
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--only", help="models whose name has this text; nothing is written")
+    parser.add_argument("--only", help="models whose name has this text; nothing is written without --keep")
+    parser.add_argument(
+        "--keep", action="store_true", help="with --only: write these rows over the earlier ones, keep all others"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -172,8 +175,8 @@ def main() -> None:
         for row in rows_of(target, given.rounds, given.only):
             log(str(row))
             rows.append(row)
-    if not given.only:
-        write("lowrank_latency", rows, NOTES)
+    if not given.only or given.keep:
+        write("lowrank_latency", rows, NOTES, keep=given.keep)
 
 
 if __name__ == "__main__":

@@ -394,6 +394,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "devices": devices,
     "lowrank": lowrank_docs.lowrank,
     "lowrank_latency": lowrank_docs.latencies,
+    "lowrank_attention": lowrank_docs.attention,
     "binary": binary_net_docs.networks,
     "binary_encoder": binary_net_docs.encoder,
     "snn": snn_docs.section,

@@ -53,9 +53,12 @@ def test_a_budget_is_held_by_the_model_and_not_only_by_its_layers() -> None:
     found = record.to_json()
     assert 0.4 * found["instructions before"] < found["instructions after"] <= 0.5 * found["instructions before"]
     assert exact.programs == 4 + 2 and record.layers and not record.warnings  # four layers; the model before and after
+    assert found["instructions after, modelled"] == pytest.approx(found["instructions after"], rel=0.02)
+    assert found["instructions ratio"] == round(found["instructions after"] / found["instructions before"], 3)
     assert made.module(X).shape == (48, 12)
     _, record = lowrank(graph, settings, data, measure=dear)  # more layers cost more than the sum of what they cost alone
     found = record.to_json()
+    assert found["instructions ratio, modelled"] < found["instructions ratio"]
     assert found["instructions after"] <= 0.5 * found["instructions before"] and dear.programs > exact.programs
 
 

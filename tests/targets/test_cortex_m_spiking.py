@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,30 @@ def test_firmware_gives_the_spikes_of_the_frozen_program(name: str, core: str, t
     assert len(taps) >= 5 and [k for k, v in taps.items() if not np.array_equal(expected[k].numpy(), v)] == []
     spikes = taps["spike1" if "spike1" in taps else "n1"]
     assert spikes.dtype == np.int8 and 0.01 < (spikes > 0).mean() < 0.9
+
+
+FAULTS = {
+    "flipped weight": (r"(model_\d+_weights\[\d+\] EK_WEIGHTS = \{\s+)-?\d+", r"\g<1>55", "weights[0]"),
+    "wrong decay": (r"(model_\d+_decay\[\d+\] EK_WEIGHTS = \{\s+)-?\d+", r"\g<1>1234", "decay[0]"),
+    "other reset": (r"(const ek_neurons .*?\.zero = )0", r"\g<1>1", "ek_neurons.zero"),
+}
+
+
+@needs_tools
+def test_a_planted_fault_of_spiking_firmware_is_read_back_and_named(tmp_path: Path) -> None:
+    program, _ = _made("converted")
+    target = get("cortex-m4")
+    path = target.lower(program, tmp_path / f"model{target.SUFFIX}").path
+    source = path if path.suffix == ".c" else path / "model.c"
+    sound = source.read_text()
+    layers = {"weights[0]": "conv1", "decay[0]": "spike1", "ek_neurons.zero": "spike1"}
+    for pattern, text, field in FAULTS.values():
+        source.write_text(re.sub(pattern, text, sound, count=1, flags=re.S))
+        assert source.read_text() != sound
+        found = target.readback(path, program)
+        assert [m.layer for m in found] == [layers[field]] and field in found[0].field
+    source.write_text(sound)
+    assert target.readback(path, program) == []
 
 
 @needs_tools

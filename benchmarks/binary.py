@@ -93,7 +93,7 @@ class Images(resnet20.ResNet20):
 
     def __init__(self, width: float) -> None:
         super().__init__()
-        a = max(2, round(16 * width))
+        a = 2 * max(1, round(8 * width))  # the padded shortcut needs an even number
         blocks = resnet20.Block
         self.conv1, self.bn1 = nn.Conv2d(3, a, 3, 1, 1, bias=False), nn.BatchNorm2d(a)
         self.layer1 = nn.Sequential(blocks(a, a), blocks(a, a), blocks(a, a))

@@ -61,6 +61,8 @@ BOUNDS = {
 TARGETS = ("executorch", "tflite", "onnx", "cortex-m4", "cortex-m55")
 LEARN = ("adaround", "brecq")
 MAIN = "brecq, qdrop"
+STEPS = 500
+"""Of each block, unless a row says otherwise."""
 
 
 def made(name: str, width: str, method: str, seed: int, steps: int, files: list[str]) -> list[dict[str, Any]]:
@@ -72,7 +74,7 @@ def made(name: str, width: str, method: str, seed: int, steps: int, files: list[
     start, wall = time.process_time(), time.perf_counter()
     compressed = apply(net.model, [Block("ptq", ptq)], Data(net.calibration), name=name)
     known: dict[str, Any] = {
-        "model": name, "variant": method, "device": "host", "seed": seed,
+        "model": name, "variant": method if steps == STEPS else f"{method}, {steps:,} steps", "device": "host", "seed": seed,
         "steps": steps if settings.get("method") in LEARN else 0,
         "weight_bits": int(width[1]), "activation_bits": int(width[3]), "calibration": len(net.calibration),
         "processor_s": round(time.process_time() - start, 1), "wall_s": round(time.perf_counter() - wall, 1),
@@ -135,7 +137,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--targets", nargs="*", default=[], choices=list(TARGETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--keep", type=int, default=1, help="1: earlier rows of other models, methods, widths and seeds stay")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()

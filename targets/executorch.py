@@ -215,11 +215,8 @@ def _gated(program: FrozenProgram) -> set[tuple[float, int, float, int]]:
     return {(a["in_scale"], a["in_zp"], a["out_scale"], a["out_zp"]) for a in gated}
 
 
-_OF_INTEGERS = {
-    "gelu": "GeluConfig", "hardswish": "HardswishConfig", "leaky_relu": "LeakyReLUConfig", "sigmoid": "SigmoidConfig",
-    "tanh": "TanhConfig",
-}  # fmt: skip
-"""Functions that XNNPACK's runtime has for int8, as look-ups but for LeakyReLU; its partitioner leaves them in float."""
+_OF_INTEGERS = {"gelu": "GeluConfig", "hardswish": "HardswishConfig", "sigmoid": "SigmoidConfig", "tanh": "TanhConfig"}
+"""Functions that XNNPACK looks up in int8; its partitioner leaves them in float. Its int8 LeakyReLU is a step off: not here."""
 
 
 def _of_integers(program: FrozenProgram) -> set[str]:

@@ -140,7 +140,8 @@ def test_table_functions_stay_in_one_delegate(tmp_path: Path) -> None:
     frozen = program(Functions, 3, 8, 8)
     found = executorch.lower(frozen, tmp_path / "functions.pte")
     assert len(read_pte(found.path).delegates) == 1 and {c.runs for c in found.coverage} == {"delegated", "float"}
-    assert {c.layer for c in found.coverage if c.runs == "float"} == {"hardsigmoid", "elu", "leaky_relu"}  # no int8 form, or one that rounds by itself
+    # no int8 form, or one that rounds by itself
+    assert {c.layer for c in found.coverage if c.runs == "float"} == {"hardsigmoid", "elu", "leaky_relu"}
     assert "float32" in next(c.note for c in found.coverage if c.layer == "elu")
     check_taps(frozen, found.path, torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
 

@@ -26,8 +26,9 @@ from edgekit.errors import ModelError, cause
 from edgekit.frozen import FrozenProgram
 from edgekit.intake import check_model
 from edgekit.layer_costs import measure
-from edgekit.pipeline import Loaded, Outcome, Progress
+from edgekit.pipeline import Outcome, Progress
 from edgekit.recipe import Recipe, Verify
+from edgekit.stage_work import Loaded, take_in
 
 __all__ = ["compress_model", "export_program", "run_model", "verify_files"]
 
@@ -148,7 +149,7 @@ def _taken(model: nn.Module, data: Any, seed: int) -> Loaded:
     except Exception as error:
         raise ModelError(f"the model cannot be copied: {cause(error)}") from error
     found = data if isinstance(data, Data) else Data(calibration=data)
-    return pipeline.take_in(check_model(own, "the model"), found, seed)
+    return take_in(check_model(own, "the model"), found, seed)
 
 
 def _installed() -> list[str]:

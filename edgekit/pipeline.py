@@ -9,28 +9,20 @@ bytes; measurements of time are no such file. The run folder is replaced in one 
 
 from __future__ import annotations
 
-import hashlib
-import json
-import random
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
-from edgekit import cache, environment, recipe, runfolder, source
-from edgekit.data import Data, fingerprint, sample_inputs
+from edgekit import environment, recipe, runfolder, source, stage_work
+from edgekit.data import Data
 from edgekit.errors import FormatError, InputError, MissingTool
-from edgekit.files import sha256, write_json, write_whole
-from edgekit.intake import check_device, check_sample, range_warnings
+from edgekit.files import write_json, write_whole
+from edgekit.intake import check_device
 from edgekit.recipe import Recipe, Target
 from edgekit.shortfalls import shortfalls
 from edgekit.stage_runner import Progress, StageNote, Stages
+from edgekit.stage_work import Loaded
 
 if TYPE_CHECKING:
     from edgekit.frozen import FrozenProgram
@@ -38,7 +30,6 @@ if TYPE_CHECKING:
     from edgekit.profile import Profile, Settings
 
 __all__ = [
-    "Loaded",
     "Outcome",
     "Progress",
     "compress",
@@ -49,7 +40,6 @@ __all__ = [
     "profile",
     "report",
     "run",
-    "take_in",
     "verify",
 ]
 
@@ -160,9 +150,9 @@ def verify(
         with runfolder.staged(folder, keep=True) as work:
             stages = Stages(work, False, progress)
             with stages.timed("verify"):
-                parity = _verify(stages, settings, data, targets if devices is None else (), on)
+                parity = stage_work.verify(stages, settings, data, targets if devices is None else (), on)
             if (work / "report.html").exists():
-                _report(stages)
+                stage_work.report(stages)
     made = _outcome(stages, folder)
     return replace(made, parity=parity, warnings=(*warnings, *made.warnings))
 
@@ -211,7 +201,7 @@ def profile(
                 )
             made = _profiled(stages, chosen, settings)
             if page:
-                _report(stages)
+                stage_work.report(stages)
     return replace(_outcome(stages, folder), profiles=made)
 
 
@@ -230,7 +220,7 @@ def report(folder: Path, *, progress: Progress | None = None) -> Outcome:
             raise FormatError(f"{folder}: {artifact.file} is not the file that was verified; run `edgekit verify {folder}` first")
     with runfolder.staged(folder, keep=True) as work:
         stages = Stages(work, False, progress)
-        _report(stages)
+        stage_work.report(stages)
     return _outcome(stages, folder)
 
 
@@ -238,7 +228,7 @@ def _from_recipe(
     recipe_path: Path, out: Path, *, whole: bool, seed: int | None = None, device: str | None = None, **options: Any
 ) -> Outcome:
     settings = recipe.replace(recipe.load(Path(recipe_path)), seed=seed, device=device)
-    return make(settings, lambda: _load(settings), out, whole=whole, device=device, **options)
+    return make(settings, lambda: stage_work.load(settings), out, whole=whole, device=device, **options)
 
 
 def make(
@@ -279,37 +269,17 @@ def _all(
     """
     with stages.timed("load"):
         loaded = load()
-    _compress(stages, settings, loaded)
+    stage_work.compress(stages, settings, loaded)
     write_whole(stages.folder / "recipe.yaml", recipe.dump(settings, out))
     write_json(stages.folder / "env.json", environment.describe())
     if not whole:
         return None, ()
     for target in settings.targets:
-        _lower(stages, target)
-    parity = _verified(stages, settings, loaded, on)
+        stage_work.lower(stages, target)
+    parity = stage_work.verified(stages, settings, loaded, on)
     profiles = _profiled(stages, measured) if measured else ()
-    _report(stages)
+    stage_work.report(stages)
     return parity, profiles
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What the recipe names, in memory, and the hashes that stand for it in keys."""
-
-    model: nn.Module
-    data: Data
-    sample: tuple[Tensor, ...]
-    seed: int
-    text: str
-
-    @cached_property
-    def keys(self) -> dict[str, Any]:
-        return {
-            "model": source.model_fingerprint(self.model, self.sample),
-            "text": self.text,
-            "data": fingerprint(self.data, self.seed),
-            "threads": torch.get_num_threads(),
-        }
 
 
 def _opened(folder: Path) -> Recipe:
@@ -337,14 +307,14 @@ def export_program(
         write_whole(work / "recipe.yaml", recipe.dump(settings, Path(out)))
         write_json(work / "env.json", environment.describe())
         for target in settings.targets:
-            _lower(stages, target)
+            stage_work.lower(stages, target)
     return _outcome(stages, out)
 
 
 def _add(stages: Stages, settings: Recipe, targets: Sequence[Target], folder: Path) -> None:
     """Export targets into a run; what was said of the run without them is no longer the whole of it."""
     for target in targets:
-        _lower(stages, target)
+        stage_work.lower(stages, target)
     for stale in ("parity.json", "report.html"):
         (stages.folder / stale).unlink(missing_ok=True)
     known = {t.name: t for t in (*settings.targets, *targets)}
@@ -375,12 +345,6 @@ def _outcome(stages: Stages, folder: Path) -> Outcome:
     return Outcome(Path(folder), tuple(stages.notes), warnings=tuple(dict.fromkeys(warnings)))
 
 
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def _require(targets: Sequence[Target]) -> None:
     """Fail before any work if a target's packages are missing."""
     from edgekit.targets import get
@@ -407,116 +371,3 @@ def device_notes(settings: Recipe, device: str | None) -> list[str]:
             "device cuda is not used: only qat, repair, spiking training and the methods adaround and brecq of ptq learn on it"
         ]
     return []
-
-
-def take_in(model: nn.Module, data: Data, seed: int, text: str = "") -> Loaded:
-    """A model and its data as stages take them, after a try on the first sample; ``text``: hash of the model's source.
-
-    Raises:
-        ModelError, DataError: see :mod:`edgekit.intake`.
-    """
-    sample = sample_inputs(model, data)
-    check_sample(model, sample, "the model")
-    return Loaded(model, data, sample, seed, text)
-
-
-def _load(settings: Recipe) -> Loaded:
-    _seed(settings.seed)
-    model = source.load_model(settings.model, settings.seed)
-    data = source.load_data(settings.data, settings.seed)
-    file = Path(settings.model.rpartition(":")[0])
-    text = hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" else ""
-    return take_in(model, data, settings.seed, text)
-
-
-def _compress(stages: Stages, settings: Recipe, loaded: Loaded) -> None:
-    """``stage_float.npz``, then ``frozen.pt2``, ``stage_compressed.npz`` and ``compress.json``."""
-    from edgekit import stages as outputs
-
-    def evaluate(name: str, model: nn.Module, *, simulated: bool = False) -> str:
-        def progress(done: int, total: int) -> None:
-            stages.progress(f"{name} model", done, total)
-
-        evaluation = outputs.evaluation_set(loaded.data, len(loaded.sample))
-        found = outputs.evaluate_stage(name, model, evaluation, simulated=simulated, progress=progress)
-        return outputs.save_stage(stages.folder, found).name
-
-    def quantize() -> list[str]:
-        from edgekit.compress import apply
-        from edgekit.frozen import save
-        from edgekit.layer_costs import measure
-
-        _seed(settings.seed)
-        unfinished = cache.folder() / "unfinished" / cache.key("compress", inputs)
-        if not stages.resume:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        made = apply(
-            loaded.model, settings.compress, loaded.data, name=settings.name, progress=stages.progress, folder=unfinished,
-            measure=measure,
-        )  # fmt: skip
-        save(made.program, stages.folder / "frozen.pt2")
-        evaluation = outputs.evaluation_set(loaded.data, len(loaded.sample))
-        warnings = [*made.record["warnings"], *range_warnings(made.program, evaluation)]
-        write_json(stages.folder / "compress.json", {**made.record, "warnings": warnings})
-        files = ["frozen.pt2", "compress.json", evaluate("compressed", made.simulation, simulated=True)]
-        shutil.rmtree(unfinished, ignore_errors=True)
-        return files
-
-    stages.cached("float", loaded.keys, lambda: [evaluate("float", loaded.model)])
-    blocks = [[b.kind, asdict(b.settings)] for b in settings.compress]
-    inputs = {**loaded.keys, "blocks": blocks, "name": settings.name, "seed": settings.seed}
-    stages.cached("compress", inputs, quantize)
-    stages.warnings += json.loads((stages.folder / "compress.json").read_text())["warnings"]
-
-
-def _lower(stages: Stages, target: Target) -> None:
-    """``model.<suffix>``, or the folder it is in, and ``export_<target>.json``."""
-    from edgekit.targets import files, get
-
-    module, frozen = get(target.name), stages.folder / "frozen.pt2"
-    path, facts = stages.folder / f"model{module.SUFFIX}", f"export_{target.name}.json"
-
-    def make() -> list[str]:
-        from edgekit.frozen import load
-
-        _seed(0)
-        artifact = module.lower(load(frozen), path, module.Options(**target.options))
-        write_json(stages.folder / facts, {"options": target.options, **artifact.to_json()})
-        return [*(p.relative_to(stages.folder).as_posix() for p in sorted(files(module, path))), facts]
-
-    inputs = {"frozen": sha256(frozen), "options": asdict(module.Options(**target.options))}
-    stages.cached(f"lower {target.name}", inputs, make)
-
-
-def _verified(stages: Stages, settings: Recipe, loaded: Loaded, on: Sequence[tuple[Any, str]]) -> Parity:
-    """The verify stage of a whole run, through the cache; what a device computes is not kept there."""
-    from edgekit.parity import Parity
-
-    found = ((p.relative_to(stages.folder).as_posix(), p) for p in sorted(stages.folder.rglob("*")) if p.is_file())
-    files = {name: sha256(p) for name, p in found if name.startswith(("frozen.", "model.", "stage_"))}
-
-    def make() -> list[str]:
-        _verify(stages, settings, loaded.data, None if settings.targets else (), on)
-        return ["parity.json"]
-
-    if on:
-        with stages.timed("verify"):
-            make()
-        return Parity.load(stages.folder / "parity.json")
-    stages.cached("verify", {"files": files, "settings": asdict(settings.verify), "data": loaded.keys["data"]}, make)
-    return Parity.load(stages.folder / "parity.json")
-
-
-def _verify(
-    stages: Stages, settings: Recipe, data: Data | None, targets: Sequence[str] | None, on: Sequence[tuple[Any, str]]
-) -> Parity:
-    from edgekit.verify import verify_run
-
-    return verify_run(stages.folder, data, settings.verify, stages.progress, targets, on)
-
-
-def _report(stages: Stages) -> None:
-    from edgekit.report import write_report
-
-    with stages.timed("report"):
-        write_report(stages.folder)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from edgekit.compress.canonical import canonicalize
 from edgekit.compress.explain import explain_export_error, source_line
@@ -83,7 +84,7 @@ def export_float(model: nn.Module, sample: Sequence[Tensor]) -> tuple[ExportedPr
         with redirect_stderr(io.StringIO()):  # torch prints the graph of a model that it cannot export
             exported = torch.export.export(model, pairs, strict=False, dynamic_shapes=shapes)
         batch = next(n for n in exported.graph.nodes if n.op == "placeholder" and n.name in exported.graph_signature.user_inputs)
-        if not isinstance(batch.meta["val"].shape[0], int):
+        if not is_concrete_int(batch.meta["val"].shape[0]):  # len(x) in a forward makes a SymInt that is always 2
             return exported, True
     except Exception:  # the static export below gives the message
         pass
@@ -162,11 +163,17 @@ def _uses_batch_statistics(node: fx.Node) -> bool:
 def _unused_layers(exported: ExportedProgram) -> tuple[str, ...]:
     """Modules with parameters none of which the graph reads, in the model's order."""
     users = {n.name: len(n.users) for n in exported.graph.nodes if n.op == "placeholder"}
+    targets = exported.graph_signature.inputs_to_parameters
+    read = {_storage(exported.state_dict[target]) for key, target in targets.items() if users.get(key, 0)}
     used: dict[str, bool] = {}
-    for key, target in exported.graph_signature.inputs_to_parameters.items():
+    for target in targets.values():  # of tied weights the graph reads one
         owner = target.rpartition(".")[0]
-        used[owner] = used.get(owner, False) or users.get(key, 0) > 0
+        used[owner] = used.get(owner, False) or _storage(exported.state_dict[target]) in read
     return tuple(name for name, read in used.items() if not read and name)
+
+
+def _storage(value: Tensor) -> tuple[int, torch.Size]:
+    return value.data_ptr(), value.shape
 
 
 def layer_names(module: fx.GraphModule) -> dict[str, str]:

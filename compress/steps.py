@@ -17,7 +17,7 @@ from torch import nn
 from edgekit.compress.capture import Graph, capture
 from edgekit.compress.order import misplaced
 from edgekit.compress.passes import FloatPass
-from edgekit.compress.ptq.freeze import freeze
+from edgekit.compress.ptq.freeze import ZERO_POINTS, freeze
 from edgekit.compress.ptq.plan import Plan
 from edgekit.compress.ptq.quantize import Progress, quantize, train
 from edgekit.compress.ptq.units import find_units
@@ -96,6 +96,8 @@ def apply(
         raise InputError("compress: no steps given; name at least one, such as `- ptq: {weights: int8}`")
     if (wrong := misplaced([block.kind for block in blocks])) is not None:
         raise InputError(f"compress: {wrong[1]}")
+    if any(getattr(block.settings, "asymmetric_weights", False) for block in blocks):  # before hours of learning
+        raise InputError(f"compress: {ZERO_POINTS}")
     from edgekit.compress.ptq.simulate import simulate
 
     if blocks[-1].kind == "spiking":

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from edgekit import marked_yaml
 from edgekit.errors import RecipeError
 
-__all__ = ["Reader", "closest", "shown"]
+__all__ = ["Reader", "closest", "sentence", "shown"]
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,20 @@ class Reader:
         try:
             return TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
-            first = min(error.errors(), key=lambda e: e["type"].startswith("missing"))  # a wrong value has a line of its own
-            more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-            self.fail((*path, *first["loc"]), _sentence(first, kind) + more)
+            where, message = _first(error, kind)
+            self.fail((*path, *where), message)
+
+
+def sentence(error: ValidationError, kind: type[Any]) -> str:
+    """The first fault of arguments for ``kind``, a dataclass, in one sentence."""
+    where, message = _first(error, kind)
+    return ": ".join(filter(None, (".".join(map(str, where)), message)))
+
+
+def _first(error: ValidationError, kind: type[Any]) -> tuple[marked_yaml.Path, str]:
+    first = min(error.errors(), key=lambda e: e["type"].startswith("missing"))  # a wrong value has a line of its own
+    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return first["loc"], _sentence(first, kind) + more
 
 
 def _sentence(error: ErrorDetails, kind: type[Any]) -> str:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from edgekit.compress.lowrank.layers import Layer, Part
@@ -23,6 +24,7 @@ from edgekit.compress.lowrank.settings import BUDGETS, METERED, LowRank, parse_r
 from edgekit.compress.passes import PassRecord
 from edgekit.data import Source, batches, input_count
 from edgekit.errors import DataError, InputError
+from edgekit.validation import sentence
 
 __all__ = ["factorize"]
 
@@ -64,8 +66,8 @@ def factorize(
     options.setdefault("solver", "svd" if calibration is None else "svd_data")
     try:
         settings = LowRank(rank=rank, **options)
-    except ValueError as error:
-        raise InputError(f"factorize: {error}") from None
+    except ValidationError as error:
+        raise InputError(f"factorize: {sentence(error, LowRank)}") from None
     if settings.linformer:
         raise InputError("factorize: linformer works on the captured graph; take a recipe's lowrank block")
     if parse_rank(settings.rank).kind in METERED:

@@ -21,6 +21,11 @@ from edgekit.frozen.ops import lut_table
 
 __all__ = ["bias_integers", "freeze"]
 
+ZERO_POINTS = (
+    "asymmetric_weights gives weights zero points, which no target's kernels take; the setting is for simulation "
+    "(quantize and simulate in Python), take it out to freeze"
+)
+
 
 def freeze(graph: Graph, plan: Plan, name: str = "model") -> FrozenProgram:
     """The frozen program of a plan, for a batch of one.
@@ -157,10 +162,7 @@ class _Builder:
         if unit.weight is not None:
             w = self.plan.weights[unit.name]
             if w.zero is not None and w.zero.any():
-                raise ModelError(
-                    f"layer {unit.name}: its weights have zero points (asymmetric_weights), which no target's kernels take; that "
-                    "setting is for simulation (quantize and simulate in Python), take it out to freeze"
-                )
+                raise ModelError(f"layer {unit.name}: {ZERO_POINTS}")
             bias = bias_integers(w.bias, ins[0].scale, w.scale, unit.name)
             buffers = {"weight": w.integers, "weight_scale": w.scale, "bias": bias}
             attributes |= {**_from(ins[0]), **to, "activation": unit.activation, "weight_bits": w.bits, "out_bits": out.bits}

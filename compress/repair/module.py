@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from edgekit.compress.passes import PassRecord
@@ -15,6 +16,7 @@ from edgekit.compress.repair.distill import Forward, Values, distance, distill
 from edgekit.compress.repair.settings import Repair
 from edgekit.data import Source, first_sample, input_count
 from edgekit.errors import InputError, ModelError
+from edgekit.validation import sentence
 
 __all__ = ["repair_module"]
 
@@ -49,8 +51,8 @@ def repair_module(
     """
     try:
         settings = Repair(**options)
-    except ValueError as error:
-        raise InputError(f"repair: {error}") from None
+    except ValidationError as error:
+        raise InputError(f"repair: {sentence(error, Repair)}") from None
     if settings.weight_penalty:
         raise InputError("repair: weight_penalty is for recipes; leave it out")
     torch.manual_seed(settings.seed)

@@ -25,6 +25,40 @@ def test_graph_equals_eager_at_any_batch_size(kind: type[nn.Module]) -> None:
             torch.testing.assert_close(graph.module(x[:n]), model(x[:n]), rtol=1e-5, atol=1e-5)
 
 
+class ClassToken(nn.Module):
+    """As people write it: ``len(x)`` is a plain number, which fixes the batch of an exported graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.token, self.head = nn.Conv2d(1, 8, 2, 2), nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        return self.head(torch.cat([self.token.expand(len(x), -1, -1), x], 1).mean(1))  # type: ignore[no-any-return]
+
+
+def test_a_model_that_takes_the_length_of_its_batch() -> None:
+    model, x = ClassToken().eval(), torch.randn(3, 1, 8, 8)
+    graph = capture(model, (x,))
+    assert not graph.dynamic_batch
+    with torch.no_grad():
+        torch.testing.assert_close(graph.module(x[1:2]), model(x[1:2]))
+
+
+class TiedHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.words(x).mean(1))  # type: ignore[no-any-return]
+
+
+def test_tied_weights_are_not_said_to_be_unused() -> None:
+    assert not capture(TiedHead(), (torch.randint(0, 20, (3, 5)),)).unused
+
+
 @pytest.mark.parametrize("kind", [Modules, Functional, Waves, PreActivation])
 def test_batch_norm_and_dropout_are_gone(kind: type[nn.Module]) -> None:
     model, x = build(kind)

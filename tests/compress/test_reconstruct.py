@@ -23,8 +23,10 @@ from edgekit.compress.ptq.settings import Reconstruct
 from edgekit.compress.ptq.simulate import FakeQuantize, simulate
 from edgekit.compress.ptq.soft import Chances, LearnedActivation, SoftLayer, rounding_loss
 from edgekit.compress.ptq.units import Unit, find_units, weight_of
+from edgekit.compress.steps import apply
 from edgekit.data import Data
-from edgekit.errors import DataError, ModelError
+from edgekit.errors import DataError, InputError, ModelError
+from edgekit.recipe import Block
 
 FOUR = {"weights": "int4", "keep_first_last_8bit": False, "observer": "minmax"}
 
@@ -295,5 +297,7 @@ def test_asymmetric_weights_in_simulation_and_refused_when_frozen(method: str, t
     assert layers and all(torch.equal(m.weight, plan.weights[m.unit_name].real.float()) for m in layers)
     with pytest.raises(ModelError, match="asymmetric_weights"):
         freeze(graph, plan)
+    with pytest.raises(InputError, match="asymmetric_weights"):  # before anything is learned: no model is looked at
+        apply(nn.Identity(), [Block("ptq", PTQ(**how))], Data(x))
     with pytest.raises(ValidationError, match="goes with nearest"):
         PTQ(asymmetric_weights=True, method="gptq")

@@ -80,6 +80,8 @@ def choose(graph: Graph, settings: Spiking, data: Data, progress: Callable[[str,
         graph, replace(best.settings, steps=best.steps, levels=best.settings.levels or best.settings.steps), data, progress
     )
     made.figures |= {"chosen": f"{best.method} at {best.steps} steps", "chosen on": judge.what}
+    if settings.target_accuracy is not None and judge.of_float:
+        made.warnings.append(f"spiking: no labelled training samples: target_accuracy was asked of {judge.what}")
     if limits.score is not None:
         made.figures["score needed there"] = round(limits.score, 3)
     made.tables["tried for the budget"] = [_row(c, limits, c is best) for c in tried]

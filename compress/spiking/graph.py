@@ -36,6 +36,8 @@ _LINEAR = frozenset({
 })  # fmt: skip
 """Linear (or affine) in the activations; mul and div only with one of them."""
 
+_WEIGHTED = frozenset({"conv1d", "conv2d", "conv3d", "conv_transpose2d", "convolution", "linear"})
+
 
 @dataclass(frozen=True)
 class Site:
@@ -58,7 +60,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Left:
-    """An operator without a spiking form; ``after``: it comes after the last neurons, behind the mean over time."""
+    """An operator without a spiking form; ``after``: behind the last neurons and the last weights, after the mean over time."""
 
     name: str
     node: str
@@ -98,7 +100,7 @@ def survey(graph: Graph, frames: bool = False) -> Survey:
     pools: list[str] = []
     nodes = [n for n in graph.module.graph.nodes if n.op == "call_function"]
     moving = _depends_on_input(graph.module)
-    later = _followed_by_sites(graph.module)
+    later = _before_the_end(graph.module)
     for node in nodes:
         name, op = graph.names.get(node.name, node.name), operator_name(node)
         if not frames and node.name in shapes and node in moving and (not shapes[node.name] or shapes[node.name][0] != 2):
@@ -112,10 +114,12 @@ def survey(graph: Graph, frames: bool = False) -> Survey:
         elif not _is_linear(node, op, moving):
             left.append(Left(name, node.name, op, lines.get(node.name, ""), after=node not in later))
     if not sites:
-        found = ", ".join(f"{x.name} ({x.op})" for x in left if x.is_activation)
+        activations = [x for x in left if x.is_activation]
+        found = ", ".join(f"{x.name} ({x.op})" for x in activations or left)
+        what = "its activations are" if activations else "its operators without a spiking form are"
         raise ModelError(
             "spiking: nothing to convert, the graph has no ReLU"
-            + (f"; its activations are {found}: train the model with ReLU instead" if found else "")
+            + (f"; {what} {found}: train the model with ReLU instead" if found else "")
         )
     return Survey(tuple(sites), tuple(left), tuple(pools))
 
@@ -146,11 +150,11 @@ def _depends_on_input(module: fx.GraphModule) -> set[fx.Node]:
     return found
 
 
-def _followed_by_sites(module: fx.GraphModule) -> set[fx.Node]:
-    """Nodes that some rectifier depends on."""
+def _before_the_end(module: fx.GraphModule) -> set[fx.Node]:
+    """Nodes that some rectifier or layer with weights depends on."""
     found: set[fx.Node] = set()
     for node in reversed(list(module.graph.nodes)):
-        if any(u in found or _cap(u) is not None for u in node.users):
+        if any(u in found or _cap(u) is not None or operator_name(u) in _WEIGHTED for u in node.users):
             found.add(node)
     return found
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from edgekit.errors import InputError, UnsupportedError
 from edgekit.nir.nodes import stateless
-from edgekit.nir.semantics import FIRING, INTEGRATING, Flat, Rule, flatten, kind, rule, step_length
+from edgekit.nir.semantics import FIRING, INTEGRATING, Flat, Rule, check_times, flatten, kind, rule, step_length
 
 __all__ = ["Neuron", "Trace", "interpret", "neuron", "whole_steps"]
 
@@ -76,6 +76,8 @@ def interpret(
     flat = flatten(graph)
     given = _inputs(flat, inputs)
     length = step_length(graph, dt)
+    for name, node in flat.nodes.items():
+        check_times(name, node, length)
     steps, batch = next(iter(given.values())).shape[:2]
     run = _Run(flat, length, facts or {}, steps, batch, set(flat.nodes) if record is None else set(record), forced or {})
     for group in flat.groups:

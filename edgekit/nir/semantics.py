@@ -30,8 +30,8 @@ import numpy as np
 from edgekit.errors import UnsupportedError
 
 __all__ = [
-    "FIRING", "INTEGRATING", "KINDS", "MOST_STEPS", "Flat", "Rule", "check_threshold", "flatten", "kind", "number_of_steps",
-    "rule", "step_length", "with_output",
+    "FIRING", "INTEGRATING", "KINDS", "MOST_STEPS", "Flat", "Rule", "check_threshold", "check_times", "flatten", "kind",
+    "number_of_steps", "rule", "step_length", "with_output",
 ]  # fmt: skip
 
 FIRING = ("LIF", "IF", "CubaLIF")
@@ -123,6 +123,25 @@ def check_threshold(name: str, node: Any, overrides: Mapping[str, Any] | None = 
         raise UnsupportedError(
             f"node {name} ({kind(node)}): v_threshold is {found:g}, not above {what}, which a reset leads to; correct the file"
         )
+
+
+def check_times(name: str, node: Any, dt: float) -> None:
+    """Look whether a step of ``dt`` can follow a neuron's time constants: above twice one of them, values grow without bound.
+
+    Raises:
+        UnsupportedError: it cannot, or a time constant is not above 0; names the node.
+    """
+    for key in ("tau", "tau_mem", "tau_syn"):
+        least = float(np.min(np.asarray(getattr(node, key, np.inf), np.float64), initial=np.inf))
+        if not least > 0:
+            raise UnsupportedError(
+                f"node {name} ({kind(node)}): {key} is {least:g}, a positive number expected; correct the file"
+            )
+        if dt > 2 * least:
+            raise UnsupportedError(
+                f"node {name} ({kind(node)}): {key} is {least:g}, and a step of {dt:g} is more than twice as long: its values "
+                "grow without bound; give the length of a step in the unit of the time constants (dt)"
+            )
 
 
 def number_of_steps(graph: Any, steps: int | None = None) -> int | None:

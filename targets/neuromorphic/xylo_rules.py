@@ -30,12 +30,13 @@ def rules(found: Chip, net: Network, used: dict[str, tuple[int, int]], cores: di
     )
     if (excess := count["hidden"] - limits["hidden"].value) > 0:
         largest = max(hidden, key=lambda x: x.size)
+        enough = excess < largest.size  # else no single layer can give so many
         yield from over(
             largest.name,
             "hidden neurons of all layers are",
             limits["hidden"],
             count["hidden"],
-            f"remove {excess:,} of its {largest.size:,}",
+            f"remove {excess:,} of its {largest.size:,}" if enough else f"remove {excess:,}, of this largest layer and others",
         )
     if (excess := count["outputs"] - limits["outputs"].value) > 0:
         yield from over(

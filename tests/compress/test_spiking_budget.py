@@ -45,6 +45,13 @@ def test_the_cheapest_that_is_good_enough(case: tuple[nn.Module, Data]) -> None:
     assert found["by steps"][-1]["score"] >= 83
 
 
+def test_a_target_asked_of_the_float_models_answers_is_said(case: tuple[nn.Module, Data]) -> None:
+    model, data = case
+    settings = Spiking(method="auto", target_accuracy=80.0, max_timesteps=4)
+    notes = spiking(capture(model, (data.calibration[:1],)), settings, Data(calibration=data.calibration))[2]
+    assert any("target_accuracy was asked of same class as the float model on 128 calibration samples" in n for n in notes)
+
+
 def test_the_best_within_limits(case: tuple[nn.Module, Data]) -> None:
     found = chosen(case, max_timesteps=4)
     rows = found["tried for the budget"]

@@ -211,9 +211,41 @@ def test_what_has_no_spiking_form_is_listed_or_refused() -> None:
         assert torch.allclose(made.net.module(data.calibration), model(data.calibration), atol=0.02)
 
 
+def test_an_activation_between_the_last_neurons_and_weights_behind_it_is_refused() -> None:
+    model, data = trained(
+        nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 3), nn.Softmax(1)), (5,)
+    )
+    with pytest.raises(ModelError, match=r"1 layer\(s\) have no spiking form: 3 \(gelu"):
+        network(model, data)
+    made = network(model, data, allow=("3",))
+    assert [r["computed"] for r in made.tables["not converted"]] == [
+        "on the mean over time (allowed)",
+        "after the mean over time",
+    ]
+    assert any("3 stay without spikes" in w for w in made.warnings)
+
+
 def test_a_network_without_rectifiers_is_refused() -> None:
     model, data = trained(nn.Sequential(nn.Linear(5, 8), nn.GELU(), nn.Linear(8, 3)), (5,))
     with pytest.raises(ModelError, match="nothing to convert, the graph has no ReLU; its activations are 1 \\(gelu\\)"):
+        network(model, data)
+
+
+class Written(nn.Module):
+    """A rectifier that is written as a maximum, which is not looked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(torch.maximum(x, torch.zeros_like(x)))
+
+
+def test_what_stands_in_the_place_of_rectifiers_is_named() -> None:
+    model, data = trained(Written(), (5,))
+    with pytest.raises(ModelError, match=r"no ReLU; its operators without a spiking form are .*maximum \(maximum\)"):
         network(model, data)
 
 

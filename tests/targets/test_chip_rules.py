@@ -25,6 +25,26 @@ def xylo_net(**sizes: Any) -> Any:
     return cuba_net(**{"hidden": 60, "outputs": 8, "reset": "subtract", "tie": "ge", "spikes": 15, "last": {"spikes": 1}} | sizes)
 
 
+def wide_xylo() -> Any:
+    """Three hidden layers of 600 neurons: none of them is as large as what is too much."""
+    weights, neurons = xylo_net(hidden=600).nodes["fc1"], xylo_net(hidden=600).nodes["c1"]
+    source, sink = ends((16,), (8,))
+    between = {f"fc{i}": nir.Linear(np.ones((600, 600))) for i in (2, 3)}
+    last = {"fc4": nir.Linear(np.ones((8, 600))), "out": sink}
+    return chain(
+        {
+            "input": source,
+            "fc1": weights,
+            "c1": neurons,
+            "fc2": between["fc2"],
+            "c2": neurons,
+            "fc3": between["fc3"],
+            "c3": neurons,
+        }
+        | last
+    )
+
+
 def convolution(
     channels: int = 4, kernel: tuple[int, int] = (3, 3), stride: int = 1, groups: int = 1, side: int = 16, inputs: int = 2
 ) -> Any:
@@ -55,6 +75,8 @@ def test_what_fits_fits() -> None:
         ("xylo-audio-2", lambda: xylo_net(hidden=1001), "layer c1: hidden neurons .* 1,001, 1,000 allowed; remove 1 of"),
         ("xylo-audio-3", lambda: xylo_net(hidden=993), "hidden neurons of all layers are 993, 992 allowed"),
         ("xylo-imu", lambda: xylo_net(hidden=500), "hidden neurons of all layers are 500, 496 allowed; remove 4 of its 500"),
+        ("xylo-imu", lambda: xylo_net(hidden=1000), "are 1,000, 496 allowed; remove 504 of its 1,000"),
+        ("xylo-imu", wide_xylo, "are 1,800, 496 allowed; remove 1,304, of this largest layer and others"),
         ("xylo-audio-2", lambda: xylo_net(outputs=10), "layer c2: output neurons are 10, 8 allowed; leave out 2 classes"),
         ("xylo-imu", lambda: xylo_net(outputs=17), "output neurons are 17, 16 allowed"),
         ("xylo-audio-2", lambda: xylo_net(spikes=40), "layer c1: spikes a step are 40, 31 allowed"),

@@ -364,6 +364,27 @@ def test_numbers_that_make_no_network_are_refused_by_node() -> None:
             to_program(chain(wrong, shape=(2,)), 4)
 
 
+@pytest.mark.parametrize(
+    ("tau", "dt", "words"),
+    [
+        (0.0, 1.0, r"node n0 \(LIF\): tau is 0, a positive number expected"),
+        (-3.0, 1.0, "tau is -3, a positive number"),
+        (0.3, 1.0, "a step of 1 is more than twice as long: its values grow without bound"),
+        (0.02, 1e-3, ""),
+        (0.5, 1.0, ""),
+    ],
+)
+def test_a_step_that_the_time_constants_cannot_follow_is_refused(tau: float, dt: float, words: str) -> None:
+    full = {k: np.full(2, v, np.float32) for k, v in {"tau": tau, "r": 1.0, "v_leak": 0.0, "v_threshold": 1.0}.items()}
+    graph = chain(nir.LIF(**full), shape=(2,))
+    if not words:
+        assert to_program(graph, 4, dt=dt).layers
+        return
+    for run in (lambda: to_program(graph, 4, dt=dt), lambda: interpret(graph, np.zeros((4, 1, 2)), dt=dt)):
+        with pytest.raises(UnsupportedError, match=words):
+            run()
+
+
 def edit(path: Path, change: Callable[[h5py.File], None]) -> None:
     with h5py.File(path, "r+") as file:
         change(file)

@@ -123,9 +123,13 @@ class Binary:
     _patterns = field_validator("scopes")(check_patterns)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for ternary weights with an estimator that has none."""
+        """Raise ValueError for ternary weights with an estimator that has none, and for stages that do not fit."""
         if self.estimator != "brevitas" and "ternary_weights" in (self.kind, *self.scopes.values()):
             raise ValueError("ternary_weights are Brevitas's; set estimator: brevitas")
+        fields = type(self).__dataclass_fields__
+        ignored = [key for key in ("epochs", "learning_rate") if getattr(self, key) != fields[key].default]
+        if self.stages and ignored:
+            raise ValueError(f"stages have their own epochs and learning_rate; take {' and '.join(ignored)} out, or into them")
         if self.stages and self.stages[-1].weights == "real":
             raise ValueError("the last stage must have binary weights, for that is what is frozen")
         if self.stages and self.stages[-1].activations == "real":

@@ -250,7 +250,8 @@ def _binary(kind: str) -> Callable[[Graph, fx.Node], Unit | str]:
             return "one operand is a parameter"
         shapes = [tuple(n.meta["val"].shape) for n in (a, b)]
         if shapes[0] != shapes[1] and kind == "qadd":
-            return f"its operands have shapes {shapes[0]} and {shapes[1]}: broadcasting adds are not quantized"
+            one, other = ("(" + ", ".join(str(d) if isinstance(d, int) else "N" for d in shape) + ")" for shape in shapes)
+            return f"its operands have shapes {one} and {other}: broadcasting adds are not quantized"
         return Unit(kind, graph.names[node.name], (node,), (a, b))
 
     return rule

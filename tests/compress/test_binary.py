@@ -277,8 +277,11 @@ def test_a_teacher_needs_no_labels() -> None:
 
 def test_stages_keep_weights_real_first() -> None:
     stages = (Stage(epochs=1, weights="real", activations="real"), Stage(epochs=1))
-    found = apply(model(), [block(stages=stages, estimator="ste"), block("ptq")], data())
+    ways = Block("binary", Binary(stages=stages, estimator="ste", train_batch_size=32, seed=3))
+    found = apply(model(), [ways, block("ptq")], data())
     assert [e["stage"] for e in found.record["passes"][0]["log"]] == [0, 1]
+    with pytest.raises(ValueError, match="take epochs out, or into them"):
+        block(stages=stages)
 
 
 class _Killed(Exception):

@@ -65,6 +65,20 @@ def test_a_transformer_keeps_its_norms_in_float_and_says_so() -> None:
     assert all(reasons.values())
 
 
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x) + self.last(x[:, :1]))  # type: ignore[no-any-return]
+
+
+def test_a_reason_has_no_symbols_of_torch() -> None:
+    found = {u.layer: u.reason for u in find_units(capture(Positions(), (torch.randn(2, 5, 4),)))[1]}
+    assert found["add"].startswith("its operands have shapes (N, 5, 4) and (N, 1, 4)")
+
+
 def test_bits_by_scope_first_and_last() -> None:
     program, _, _ = frozen(Modules, weights="int4", scopes={r"features\.6": "int2"})
     bits = {n.name: n.weight_bits for n in program.layers if n.weight_bits}

@@ -234,10 +234,12 @@ void ek_add_currents_s16(const int16_t *a, const int16_t *b, int16_t *y, uint32_
 /* y = sat16(x + amplitude[i % channels] * s), only where there are spikes; y may be x. n is a multiple of channels. */
 void ek_add_spikes_s16(const int16_t *x, const int8_t *s, int16_t *y, const int16_t *amplitude, uint32_t n, uint32_t channels);
 void ek_accumulate_s16(const int16_t *x, int32_t *y, uint32_t n, uint32_t steps);              /* y = sum over the steps */
+void ek_accumulate_s8(const int8_t *x, int32_t *y, uint32_t n, uint32_t steps);                /* the same of spikes */
 /* 1 if 1 / sum of 2^-((max - y) * scale / 2^24) is above 2^24 / limit: softmax's largest value, n at most 255. */
 int ek_sure_s32(const int32_t *y, uint32_t n, uint32_t scale, uint32_t limit);
 void ek_accumulate_reset_s16(int32_t *y, uint32_t n);
 void ek_accumulate_step_s16(const int16_t *x, int32_t *y, uint32_t n);                         /* y += x */
+void ek_accumulate_step_s8(const int8_t *x, int32_t *y, uint32_t n);
 
 /* ---- Elementwise. In place: y may be a (not b). b repeats every b_n elements (n is a multiple of b_n): b_n = n without broadcast,
  * b_n = channels for a vector of channels. */

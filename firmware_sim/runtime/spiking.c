@@ -354,6 +354,14 @@ EK_NOINLINE void ek_accumulate_s16(const int16_t *x, int32_t *y, uint32_t n, uin
     }
 }
 
+EK_NOINLINE void ek_accumulate_s8(const int8_t *x, int32_t *y, uint32_t n, uint32_t steps) {
+    for (uint32_t i = 0; i < n; i++) {
+        int32_t sum = 0;
+        for (uint32_t t = 0; t < steps; t++) sum += x[t * n + i];
+        y[i] = sum;
+    }
+}
+
 EK_NOINLINE void ek_add_currents_s16(const int16_t *a, const int16_t *b, int16_t *y, uint32_t n) {
     for (uint32_t i = 0; i < n; i++) y[i] = (int16_t)saturated(a[i] + b[i]);
 }
@@ -370,6 +378,10 @@ EK_NOINLINE void ek_accumulate_reset_s16(int32_t *y, uint32_t n) {
 }
 
 EK_NOINLINE void ek_accumulate_step_s16(const int16_t *x, int32_t *y, uint32_t n) {
+    for (uint32_t i = 0; i < n; i++) y[i] += x[i];
+}
+
+EK_NOINLINE void ek_accumulate_step_s8(const int8_t *x, int32_t *y, uint32_t n) {
     for (uint32_t i = 0; i < n; i++) y[i] += x[i];
 }
 

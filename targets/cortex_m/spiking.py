@@ -143,11 +143,18 @@ def _delay_constants(step: Step) -> list[Constant]:
 
 
 def _accumulate(step: Step) -> list[Call]:
-    return [Call("ek_accumulate_s16", ("$x0", "$y", str(step.values["n"]), str(step.values["steps"])))]
+    return [
+        Call(
+            "ek_accumulate_s8" if step.values["spikes"] else "ek_accumulate_s16",
+            ("$x0", "$y", str(step.values["n"]), str(step.values["steps"])),
+        )
+    ]
 
 
 def _accumulate_step(step: Step) -> list[Call]:
-    return [Call("ek_accumulate_step_s16", ("$x0", "$v", str(step.values["n"])))]
+    return [
+        Call("ek_accumulate_step_s8" if step.values["spikes"] else "ek_accumulate_step_s16", ("$x0", "$v", str(step.values["n"])))
+    ]
 
 
 def _add_currents(step: Step) -> list[Call]:
@@ -308,7 +315,8 @@ def _delay_reference(step: Step, inputs: Sequence[Bytes]) -> Bytes:
 
 
 def _accumulate_reference(step: Step, inputs: Sequence[Bytes]) -> Bytes:
-    x = inputs[0].view("<i2").astype(np.int64).reshape(step.values["steps"], step.values["n"])
+    given = inputs[0] if step.values["spikes"] else inputs[0].view("<i2")
+    x = given.astype(np.int64).reshape(step.values["steps"], step.values["n"])
     result: Bytes = x.sum(0).astype("<i4").view(np.int8)
     return result
 

@@ -196,7 +196,7 @@ def _add_spikes(build: Builder, layer: Layer) -> None:
 
 def _accumulate(build: Builder, layer: Layer) -> None:
     source = build.read(layer.inputs[0])
-    values = {"steps": int(layer.args["steps"]), "n": prod(layer.shape)}
+    values = {"steps": int(layer.args["steps"]), "n": prod(layer.shape), "spikes": build.tensors[source].width == 1}
     last = build.tensors[source].last
     build.step(layer, "accumulate", [source], _wide(build, layer, last, 4), values=values)
 

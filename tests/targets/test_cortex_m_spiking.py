@@ -66,6 +66,22 @@ class Wide(nn.Module):
         return self.dequantize(self.sum(self.fc4(x)))
 
 
+class Ending(nn.Module):
+    """Ends in neurons, as most NIR files do: what is summed are spikes, not currents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fold = FrozenOp("fold_steps", 1, {})
+        self.quantize = FrozenOp("quantize", 1, {}, scale=1.0, zero_point=0, bits=2)
+        self.fc1, self.n1 = _synapse(20, 12), _neurons((20,), "all")
+        self.fc2, self.n2 = _synapse(5, 20), _neurons((5,), "some", "zero", max_spikes=3)
+        self.sum = FrozenOp("qaccumulate", 1, {}, steps=STEPS)
+        self.dequantize = FrozenOp("dequantize", 1, {}, scale=1.0, zero_point=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dequantize(self.sum(self.n2(self.fc2(self.n1(self.fc1(self.quantize(self.fold(x))))))))
+
+
 class Images(nn.Module):
     """Grouped and strided convolutions of 36 and 32 channels on spikes, and a flattened image."""
 
@@ -91,6 +107,9 @@ def _made(name: str) -> tuple[FrozenProgram, Tensor]:
         x = torch.poisson(torch.full((2, STEPS, 45), 0.3)).clamp(-4, 3)
         x[1, :, ::7] = -2  # what is no count is added up all the same
         return freeze_module(Wide(), (x,), name="wide"), x
+    if name == "ending":
+        x = (torch.rand(2, STEPS, 12) < 0.4).float()
+        return freeze_module(Ending(), (x,), name="ending"), x
     if name == "images":
         x = (torch.rand(2, STEPS, 3, 6, 5) < 0.3).float()
         return freeze_module(Images(), (x,), name="images"), x
@@ -109,7 +128,7 @@ def _made(name: str) -> tuple[FrozenProgram, Tensor]:
     return integer_program(program, (x,))[0], x[:2]
 
 
-NETS = ("wide", "images", "residual", "converted", "recurrent", "recurrent images", "cuba", "dense")
+NETS = ("wide", "ending", "images", "residual", "converted", "recurrent", "recurrent images", "cuba", "dense")
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -128,7 +147,7 @@ def test_the_reference_is_the_frozen_program(name: str) -> None:
 
 @needs_tools
 @pytest.mark.parametrize("core", [pytest.param("cortex-m3", marks=pytest.mark.slow), "cortex-m4", "cortex-m55"])
-@pytest.mark.parametrize("name", NETS[:7])
+@pytest.mark.parametrize("name", NETS[:8])
 def test_firmware_gives_the_spikes_of_the_frozen_program(name: str, core: str, tmp_path: Path) -> None:
     program, x = _made(name)
     target = get(core)
@@ -174,6 +193,7 @@ def test_a_planted_fault_of_spiking_firmware_is_read_back_and_named(tmp_path: Pa
     [
         ("residual", "cortex-m4"),
         ("dense", "cortex-m3"),
+        ("ending", "cortex-m4"),
         ("wide", "cortex-m55"),
         ("recurrent", "cortex-m55"),
         ("cuba", "cortex-m3"),

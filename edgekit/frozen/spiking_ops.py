@@ -47,8 +47,8 @@ spike count in the input. Currents into the same neurons have one unit: ``add_cu
 ``amplitude[c] * s`` of spikes that reach neurons directly (a shortcut), amplitude int16. Their sums fit int16 too, whatever the
 spikes; whoever makes a program proves it for all branches together. A first layer with analogue input is a ``qconv2d``
 or ``qlinear`` with ``out_bits`` 16. ``qlif_recurrent`` adds ``bias + weight @ s`` of the step before to x from the second step
-on, then passes the sum through a synapse of ``decay_syn`` (0: there is none, j is x). ``qaccumulate`` sums currents or spikes over
-the steps into int32.
+on, then passes the sum through a synapse of ``decay_syn`` (0: there is none, j is x). ``qaccumulate`` sums currents or spikes
+over the steps into int32.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def choose_bits(
         folder: what was measured is kept here and taken from here.
 
     Raises:
-        InputError: even the fewest bits of ``choices`` are over the budget.
+        InputError: even the fewest bits of ``choices`` are over the budget, or the most lose more than ``max_accuracy_drop``.
         DataError: ``max_accuracy_drop`` without labelled training samples.
     """
     how = settings.mixed
@@ -112,11 +112,13 @@ def choose_bits(
     in_order = [[c for c in plans if c in choices[u.name]] for u in layers]
     inputs = [model.plan.activations[u.inputs[0].name] for u in layers]
     limits = budgets(graph, layers, in_order, settings, how, samples[0], [q.few or q.bits for q in inputs])
-    first, noise = limits[0], [noises[u.name] for u in layers]
+    first, noise, measured = limits[0], [noises[u.name] for u in layers], dict[str, object]()
     points = front(first.costs, noise)
     if how.max_accuracy_drop is not None:
         score = _scorer(graph, settings, how, data, layers, in_order, stream, journal)
-        point = _accurate([p for p in points if all(x.within(p.choice) for x in limits)] or points, score, how.max_accuracy_drop)
+        inside = [p for p in points if all(x.within(p.choice) for x in limits)]
+        point = _accurate(inside or [_picked(limits, noise, how.target)], score, how.max_accuracy_drop)
+        measured = {"metric": {"float": score(None), "chosen": score(point)}}  # kept by the journal, not measured again
     else:
         point = _picked(limits, noise, how.target)
     bits = {u.name: found[i] for u, found, i in zip(layers, in_order, point.choice, strict=True)}
@@ -131,6 +133,7 @@ def choose_bits(
         "limits": {x.name: x.share for x in limits if x.share is not None},
         "predicted_db": round(sqnr_db(model.signal, point.noise), 2),
         "bits": bits,
+        **measured,
         "front": [{"cost_share": round(p.cost / first.whole, 4), "predicted_db": round(sqnr_db(model.signal, p.noise), 2)}
                   for p in _thinned(points, 60)],
     }  # fmt: skip
@@ -177,12 +180,17 @@ def _remedy(budget: str, target: str) -> str:
 
 
 def _accurate(points: Sequence[Point], score: Callable[[Point | None], float], drop: float) -> Point:
-    """The cheapest point within the accuracy, which is taken to rise along the front."""
+    """The cheapest point within the accuracy, which is taken to rise along the front; InputError if its end is not within it."""
     least = score(None) - drop
     low, high = 0, len(points) - 1
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if score(points[middle]) >= least else (middle + 1, high)
+    if (found := score(points[high])) < least:
+        raise InputError(
+            f"mixed: the most bits allowed lose {score(None) - found:.3g} of the task metric on training samples, more than "
+            f"max_accuracy_drop {drop:g}; raise it, or the other limit if there is one, or add choices"
+        )
     return points[high]
 
 

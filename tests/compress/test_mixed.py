@@ -129,8 +129,15 @@ def test_the_fewest_bytes_within_an_accuracy() -> None:
         _, plan = quantize(graph, PTQ(**ALL, mixed=how), Data(x, training=(x, y), metric=explained))
         with torch.no_grad():
             assert 100 - explained(simulate(graph, plan)(x), y) <= drop
+        metric = plan.facts["metric"]
+        assert isinstance(metric, dict) and metric["float"] - metric["chosen"] <= drop
         sizes.append(size(plan))
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    data = Data(x, training=(x, y), metric=explained)
+    with pytest.raises(InputError, match=r"the most bits allowed lose .* more than max_accuracy_drop 0.001"):
+        quantize(graph, PTQ(**ALL, mixed=Mixed(max_accuracy_drop=0.001, choices=("int4",))), data)
+    with pytest.raises(InputError, match=r"1.000 of int8's instructions, more than 0.8"):
+        quantize(graph, PTQ(**ALL, mixed=Mixed(max_accuracy_drop=50, instructions=0.8, target="cortex-m4")), data)
 
 
 def test_what_cannot_be_is_said() -> None:

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from edgekit.compress.capture import Graph, capture
 from edgekit.compress.order import misplaced
@@ -118,7 +119,22 @@ def apply(
         "unquantized": [[u.layer, u.op, u.reason] for u in plan.unquantized],
         "warnings": [*_never_run(graph), *state.warnings, *plan.warnings],
     }
-    return Compressed(program, simulate(state.graph, plan), record)
+    simulation = simulate(state.graph, plan)
+    return Compressed(program, simulation if state.graph.dynamic_batch else _OneByOne(simulation), record)
+
+
+class _OneByOne(nn.Module):
+    """A simulation whose graph takes one sample, for any batch size."""
+
+    def __init__(self, one: nn.Module) -> None:
+        super().__init__()
+        self.one = one
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        answers = [self.one(*(x[i : i + 1] for x in inputs)) for i in range(len(inputs[0]))]
+        if isinstance(answers[0], Tensor):
+            return torch.cat(answers)
+        return tuple(torch.cat(parts) for parts in zip(*answers, strict=True))
 
 
 def _quantizing(

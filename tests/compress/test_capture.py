@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from edgekit.compress.canonical import ATEN
 from edgekit.compress.capture import capture
 from edgekit.compress.placing import on_device
+from edgekit.compress.ptq import PTQ
+from edgekit.compress.steps import apply
+from edgekit.data import Data
 from edgekit.errors import ModelError
+from edgekit.recipe import Block
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -43,6 +47,8 @@ def test_a_model_that_takes_the_length_of_its_batch() -> None:
     assert not graph.dynamic_batch
     with torch.no_grad():
         torch.testing.assert_close(graph.module(x[1:2]), model(x[1:2]))
+        made = apply(model, [Block("ptq", PTQ())], Data(x.repeat(8, 1, 1, 1)))
+        assert (made.simulation(x) - made.program.run(x)[0]).abs().max() < 0.05
 
 
 class TiedHead(nn.Module):

@@ -58,6 +58,11 @@ def attack_run(
     folder = Path(folder)
     runfolder.open_run(folder, "frozen.pt2", "recipe.yaml")
     settings = recipe.load(folder / "recipe.yaml", files=False)
+    if data is None and settings.data == recipe.IN_MEMORY:
+        raise DataError(
+            f"attack needs labelled evaluation samples, and {folder.name} was made without a recipe that names any; "
+            "call edgekit.robustness.attack_run(folder, data=Data(..., evaluation=(x, y)))"
+        )
     chosen = settings.seed if seed is None else seed
     given = source.load_data(settings.data, chosen) if data is None else data
     if given.evaluation is None or given.evaluation[1] is None:

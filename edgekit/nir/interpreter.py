@@ -77,7 +77,7 @@ def interpret(
     given = _inputs(flat, inputs)
     length = step_length(graph, dt)
     for name, node in flat.nodes.items():
-        check_times(name, node, length)
+        check_times(name, node)
     steps, batch = next(iter(given.values())).shape[:2]
     run = _Run(flat, length, facts or {}, steps, batch, set(flat.nodes) if record is None else set(record), forced or {})
     for group in flat.groups:

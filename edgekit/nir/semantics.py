@@ -125,8 +125,8 @@ def check_threshold(name: str, node: Any, overrides: Mapping[str, Any] | None = 
         )
 
 
-def check_times(name: str, node: Any, dt: float) -> None:
-    """Look whether a step of ``dt`` can follow a neuron's time constants: above twice one of them, values grow without bound.
+def check_times(name: str, node: Any, dt: float = 0.0) -> None:
+    """Look whether time constants are above 0 and a step of ``dt`` can follow them: above twice one, values grow without bound.
 
     Raises:
         UnsupportedError: it cannot, or a time constant is not above 0; names the node.

@@ -21,7 +21,7 @@ from edgekit.nir.file import require
 from edgekit.nir.interpreter import interpret
 from edgekit.nir.nodes import paddings, pair
 from edgekit.nir.rules import NEURONS
-from edgekit.nir.semantics import FIRING, Flat, check_threshold, flatten, kind, number_of_steps, rule, step_length
+from edgekit.nir.semantics import FIRING, Flat, check_threshold, check_times, flatten, kind, number_of_steps, rule, step_length
 
 __all__ = ["Cell", "NirModule", "looped", "to_module", "to_program"]
 
@@ -75,6 +75,7 @@ def to_program(graph: Any, steps: int | None = None, *, name: str | None = None,
     """The frozen program of a graph, float32, for a batch of one; arguments as of :func:`to_module`."""
     module = to_module(graph, steps, **options)
     for n, node in module.flat.nodes.items():
+        check_times(n, node, module.dt)
         if kind(node) in FIRING:
             check_threshold(n, node, module.facts)
     one = np.zeros((1, 1, *module.shape))

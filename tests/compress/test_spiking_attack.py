@@ -101,6 +101,8 @@ def test_a_run_folder_is_attacked(made: tuple[FrozenProgram, Tensor, Tensor], tm
     assert found["rows"][1]["success %"] > 80 and found["rows"][1]["of the input %"] < 60
     with pytest.raises(InputError, match="attack 'magic' is unknown; there are fgsm, pgd, sda"):
         attack_run(tmp_path / "run", ("magic",))
+    with pytest.raises(DataError, match="run was made without a recipe that names any"):
+        attack_run(tmp_path / "run")
     with pytest.raises(DataError, match="labelled evaluation samples"):
         attack_run(tmp_path / "run", data=Data(calibration=x))
 

@@ -380,9 +380,11 @@ def test_a_step_that_the_time_constants_cannot_follow_is_refused(tau: float, dt:
     if not words:
         assert to_program(graph, 4, dt=dt).layers
         return
-    for run in (lambda: to_program(graph, 4, dt=dt), lambda: interpret(graph, np.zeros((4, 1, 2)), dt=dt)):
+    with pytest.raises(UnsupportedError, match=words):
+        to_program(graph, 4, dt=dt)
+    if tau <= 0:  # a file that does not say its dt can still be looked at
         with pytest.raises(UnsupportedError, match=words):
-            run()
+            interpret(graph, np.zeros((4, 1, 2)), dt=dt)
 
 
 def edit(path: Path, change: Callable[[h5py.File], None]) -> None:

@@ -300,7 +300,8 @@ def _trials(
     """What to try, in words, with the graph and settings to try it by."""
     found: dict[str, tuple[Graph, Quantization]] = {}
     if any(0 < x.weight_bits < 8 for x in layers):
-        scopes: dict[str, WeightType] = {**{re.escape(x.name): "int8" for x in layers}, **settings.scopes}
+        own: dict[str, WeightType] = {re.escape(x.name): "int8" for x in layers}
+        scopes = {**own, **{k: v for k, v in settings.scopes.items() if k not in own}}  # the first that fits wins
         found["keep it at 8 bits"] = (graph, replace(settings, scopes=scopes))
     if not settings.per_channel:
         found["per_channel: true"] = (graph, replace(settings, per_channel=True))

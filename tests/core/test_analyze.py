@@ -83,6 +83,12 @@ def test_an_outlier_channel_is_named_with_a_remedy_that_helps() -> None:
     assert all(r.alone_db >= worst.alone_db + 0.5 for r in worst.remedies)
 
 
+def test_eight_bits_are_tried_where_a_scope_chose_fewer() -> None:
+    """As a budget's choice does, by a scope of the layer's own name."""
+    found, _, _, _ = measured(Modules, scopes={r"features\.6": "int2"})
+    assert "keep it at 8 bits" in {r.setting for r in hurting(found)[0].remedies}
+
+
 def test_a_transformers_linears_are_measured() -> None:
     found, *_ = measured(Encoder, weights="int4")
     assert sum(f.weight_bits > 0 for f in found) == 6

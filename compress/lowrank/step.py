@@ -92,6 +92,11 @@ def lowrank(
     warnings = () if done or shortened else ("lowrank: no layer was factorized; compress.json has the reason for each",)
     if rank.kind in METERED and float(figures[f"{rank.kind} after"]) > rank.value * float(figures[f"{rank.kind} before"]):
         share = float(figures[f"{rank.kind} after"]) / float(figures[f"{rank.kind} before"])
+        if share >= 1:
+            raise InputError(
+                f"lowrank: {settings.rank} of {settings.target} cannot be reached: the best found costs {share:.3f} of the "
+                f"model's {rank.kind} when measured; leave out layers that do not pay (exclude), or measure on an idle machine"
+            )
         warnings = (
             *warnings,
             f"lowrank: {settings.rank} of {settings.target} was missed: measured, it is {share:.3f} of the model's",

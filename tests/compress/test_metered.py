@@ -62,14 +62,26 @@ def test_a_budget_is_held_by_the_model_and_not_only_by_its_layers() -> None:
     assert found["instructions after"] <= 0.5 * found["instructions before"] and dear.programs > exact.programs
 
 
-def test_a_budget_that_is_missed_is_said() -> None:
+def test_a_budget_that_is_missed_is_said_and_no_gain_refused() -> None:
     class Unlike(Counter):
+        """The model as it is costs ``first``, every compressed one a million."""
+
+        def __init__(self, first: float) -> None:
+            super().__init__()
+            self.totals = iter([first])
+
         def __call__(self, program: FrozenProgram, target: str, kind: str, sample: Sequence[Tensor]) -> Costs:
-            return Costs(1e6, super().__call__(program, target, kind, sample).layers, "counted")
+            layers = super().__call__(program, target, kind, sample).layers
+            return Costs(next(self.totals, 1e6) if len(layers) > 1 else 1e6, layers, "counted")
 
     settings = LowRank(rank="instructions:0.9", target="cortex-m4", samples=48, include=("0",))
-    _, record = lowrank(capture(net(), (X[:1],)), settings, Data(calibration=X), measure=Unlike())
-    assert record.warnings == ("lowrank: instructions:0.9 of cortex-m4 was missed: measured, it is 1.000 of the model's",)
+    graph, data = capture(net(), (X[:1],)), Data(calibration=X)
+    _, record = lowrank(graph, settings, data, measure=Unlike(1.04e6))
+    assert record.warnings == ("lowrank: instructions:0.9 of cortex-m4 was missed: measured, it is 0.962 of the model's",)
+    with pytest.raises(
+        InputError, match=r"cannot be reached: the best found costs 1\.000 of the model's instructions when measured"
+    ):
+        lowrank(graph, settings, data, measure=Unlike(1e6))
 
 
 def test_ranks_between_are_on_straight_lines() -> None:

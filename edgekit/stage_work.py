@@ -50,6 +50,7 @@ class Loaded:
 
 
 def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -67,6 +68,11 @@ def take_in(model: nn.Module, data: Data, seed: int, text: str = "") -> Loaded:
 
 
 def load(settings: Recipe) -> Loaded:
+    """The model and the data that a recipe names.
+
+    Raises:
+        InputError, ModelError, DataError: a file or factory that is not there, or gives something else.
+    """
     seed_all(settings.seed)
     model = source.load_model(settings.model, settings.seed)
     data = source.load_data(settings.data, settings.seed)
@@ -156,12 +162,14 @@ def verified(stages: Stages, settings: Recipe, loaded: Loaded, on: Sequence[tupl
 def verify(
     stages: Stages, settings: Recipe, data: Data | None, targets: Sequence[str] | None, on: Sequence[tuple[Any, str]]
 ) -> Parity:
+    """``parity.json``: each of ``targets`` (None: all there are) here, and on devices: ``on`` has (device, target)."""
     from edgekit.verify import verify_run
 
     return verify_run(stages.folder, data, settings.verify, stages.progress, targets, on)
 
 
 def report(stages: Stages) -> None:
+    """``report.html`` of what is in the folder."""
     from edgekit.report import write_report
 
     with stages.timed("report"):

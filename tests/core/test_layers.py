@@ -11,6 +11,7 @@ from core.sources import ROOT, imports, imports_at_import, modules
 MODULES = modules()
 BASE = (
     "edgekit.errors", "edgekit.files", "edgekit.artifact", "edgekit.data", "edgekit.costs", "edgekit.frozen", "edgekit.nir",
+    "edgekit.marked_yaml", "edgekit.validation",
 )  # fmt: skip
 MAY_IMPORT = {
     "edgekit.compress": (*BASE, "edgekit.compress"),

@@ -31,6 +31,8 @@ from edgekit.targets.cortex_m.binary import stored_signs
 from edgekit.targets.cortex_m.emit import array_name
 from edgekit.targets.cortex_m.preparation import prepare, simulate
 
+pytestmark = pytest.mark.slow
+
 needs_tools = pytest.mark.skipif(cortex_m.M4.available() is not None, reason="needs arm-none-eabi-gcc and qemu-system-arm")
 CORES = {
     "cortex-m0": "portable",

@@ -92,6 +92,7 @@ def test_operator(name: str) -> None:
         assert np.abs(output - following.numpy()).max() <= (1 / 256 if name == "softmax" else 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(cortex_m.M4.available() is not None, reason="needs arm-none-eabi-gcc and qemu-system-arm")
 @pytest.mark.parametrize(("name", "core", "weights"), [("conv1d", "cortex-m4", "int4"), ("grouped", "cortex-m55", "int2")])
 def test_operator_on_a_board(name: str, core: str, weights: str, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from edgekit.targets.cortex_m.confidence import Rule, rule_of, sure
 from edgekit.targets.cortex_m.early_exit import run_early
 from edgekit.targets.cortex_m.preparation import prepare, simulate
 
+pytestmark = pytest.mark.slow
+
 needs_tools = pytest.mark.skipif(cortex_m.M4.available() is not None, reason="needs arm-none-eabi-gcc and qemu-system-arm")
 STEPS = 6
 

@@ -34,6 +34,8 @@ from edgekit.targets.cuts import cuts
 from edgekit.targets.executorch_binary import pack, unpack
 from edgekit.targets.pte_file import FileTensor, read_pte
 
+pytestmark = pytest.mark.slow
+
 NETS = [ChainNet, ResidualNet, PlainNet]
 
 

@@ -24,6 +24,8 @@ from edgekit.targets import get, preflight
 from edgekit.targets.spiking import written_out
 from edgekit.verify import verify_artifact
 
+pytestmark = pytest.mark.slow
+
 PROGRAMS: dict[str, Any] = {
     "conv if": lambda: conv_program("if", v_init=0.5),
     "conv lif": lambda: conv_program("lif", v_threshold=0.15, tie="gt"),

@@ -70,7 +70,8 @@ def made(name: str, width: str, method: str, seed: int, steps: int, files: list[
     torch.set_num_threads(1)
     net = subjects.subject(name, seed)
     settings, how = METHODS[method]
-    ptq = PTQ(**WIDTHS[width], **settings, samples=len(net.calibration), seed=seed, reconstruct=Reconstruct(steps=steps, **how))
+    learned = {"reconstruct": Reconstruct(steps=steps, **how)} if settings.get("method") in LEARN else {}
+    ptq = PTQ(**WIDTHS[width], **settings, **learned, samples=len(net.calibration), seed=seed)
     start, wall = time.process_time(), time.perf_counter()
     compressed = apply(net.model, [Block("ptq", ptq)], Data(net.calibration), name=name)
     known: dict[str, Any] = {

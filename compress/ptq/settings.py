@@ -217,6 +217,8 @@ class PTQ(Quantization):
     device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
+        if self.method not in ("adaround", "brecq") and self.reconstruct != Reconstruct():
+            raise ValueError(f"reconstruct is of method adaround and brecq; with method {self.method} it would do nothing")
         if self.asymmetric_weights and self.method not in ("nearest", "adaround", "brecq"):
             raise ValueError(f"asymmetric_weights goes with nearest, adaround and brecq, found method {self.method}")
         if self.activations not in ("dynamic", "float"):

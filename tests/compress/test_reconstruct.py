@@ -143,12 +143,9 @@ def test_a_residual_block_comes_closer_to_float_than_with_nearest_rounding(metho
     x, fresh = related((4, 8, 8), 256), related((4, 8, 8))
     errors = {}
     with torch.no_grad():
-        for name in ("nearest", method):
-            graph, plan = quantize(
-                capture(model, (x[:1],)),
-                PTQ(method=name, samples=256, reconstruct=Reconstruct(steps=150), **FOUR),
-                Data(x),
-            )
+        for name, how in (("nearest", Reconstruct()), (method, Reconstruct(steps=150))):
+            settings = PTQ(method=name, samples=256, reconstruct=how, **FOUR)
+            graph, plan = quantize(capture(model, (x[:1],)), settings, Data(x))
             errors[name] = float((simulate(graph, plan)(fresh) - model(fresh)).square().mean())
     assert errors[method] < 0.7 * errors["nearest"]
 
@@ -170,7 +167,7 @@ def test_few_bits_are_levels_of_int8() -> None:
 def test_few_bits_of_what_enters_from_float_and_of_gelu(method: str) -> None:
     """An encoder's linear layers read 16 levels; the frozen program keeps them by a clamp in front of the quantizer."""
     graph, x = ready(Encoder)
-    how = Reconstruct(steps=10, drop=0.5)
+    how = Reconstruct(steps=10, drop=0.5) if method == "brecq" else Reconstruct()
     graph, plan = quantize(graph, PTQ(activations="int4", method=method, reconstruct=how, **FOUR), Data(3 * x))
     few = {n: q for n, q in plan.activations.items() if q.few}
     inner = [u for u in plan.units if u.weight is not None][1:-1]
@@ -282,7 +279,9 @@ def test_few_bits_are_exact_in_every_file(target: str, kind: type[nn.Module], tm
 @pytest.mark.parametrize("method", ["nearest", "brecq"])
 def test_asymmetric_weights_in_simulation_and_refused_when_frozen(method: str, tmp_path: Path) -> None:
     graph, x = ready(Modules)
-    how = {"method": method, "asymmetric_weights": True, **FOUR, "reconstruct": Reconstruct(steps=5)}
+    how = {"method": method, "asymmetric_weights": True, **FOUR} | (
+        {"reconstruct": Reconstruct(steps=5)} if method == "brecq" else {}
+    )
     plan = quantize(graph, PTQ(**how), Data(x), folder=tmp_path)[1]
     again = quantize(graph, PTQ(**how), Data(x), folder=tmp_path)[1]
     for unit in plan.units:
@@ -301,3 +300,11 @@ def test_asymmetric_weights_in_simulation_and_refused_when_frozen(method: str, t
         apply(nn.Identity(), [Block("ptq", PTQ(**how))], Data(x))
     with pytest.raises(ValidationError, match="goes with nearest"):
         PTQ(asymmetric_weights=True, method="gptq")
+
+
+@pytest.mark.parametrize("method", ["nearest", "gptq", "gpfq", "learned_round"])
+def test_settings_of_reconstruction_without_it_are_refused(method: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"reconstruct is of method adaround and brecq; with method {method} it would do nothing"
+    ):
+        PTQ(method=method, reconstruct=Reconstruct(steps=3))
